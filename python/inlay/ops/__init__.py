@@ -1,0 +1,28 @@
+"""The ops: each file has one op's checks, plain-torch reference, autograd and torch.library registration."""
+
+from inlay.ops._registry import force_path
+from inlay.ops.adamw import adamw_step_
+from inlay.ops.base_products import DenseBase, DenseBaseT
+from inlay.ops.cross_entropy import linear_cross_entropy
+from inlay.ops.rms_norm import rms_norm
+from inlay.ops.rope import rope
+from inlay.ops.submatrix import submatrix_write_
+from inlay.ops.submatrix_linear import submatrix_add_delta, submatrix_linear, submatrix_linear_in_place
+from inlay.ops.swiglu import swiglu, swiglu_linear, swiglu_submatrix_linear
+
+__all__ = [
+    "DenseBase",
+    "DenseBaseT",
+    "adamw_step_",
+    "force_path",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rope",
+    "submatrix_add_delta",
+    "submatrix_linear",
+    "submatrix_linear_in_place",
+    "submatrix_write_",
+    "swiglu",
+    "swiglu_linear",
+    "swiglu_submatrix_linear",
+]

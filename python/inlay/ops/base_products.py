@@ -1,0 +1,53 @@
+"""The frozen product of a linear layer, as fused blocks call it: two static methods without autograd.
+
+forward(x, *tensors) -> y          y  = base(x)
+backward_input(dy, *tensors) -> dx dx = dy · W
+cast(dtype, *tensors) -> tensors   optional: what autocast would do to these tensors
+out_in(*tensors) -> weight         optional: the weight as an [out, in] view, for the in-place form
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.to(dtype) for t in tensors)
+
+
+class DenseBase:
+    """nn.Linear: tensors = weight [out, in], bias [out] or None."""
+
+    cast = staticmethod(_cast)
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward_input(dy: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return dy.matmul(weight)
+
+    @staticmethod
+    def out_in(weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return weight
+
+
+class DenseBaseT:
+    """transformers' Conv1D: tensors = weight [in, out], bias [out] or None."""
+
+    cast = staticmethod(_cast)
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return functional.linear(x, weight.t(), bias)
+
+    @staticmethod
+    def backward_input(dy: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return dy.matmul(weight.t())
+
+    @staticmethod
+    def out_in(weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return weight.t()

@@ -1,0 +1,172 @@
+"""Raw ops of the submatrix delta: gather channels, add with one rounding, scatter-add, write, gradient.
+
+`indices` are always int64 [s], sorted and unique. The products themselves are torch.mm (CONTRIBUTING:
+large products belong to oneDNN and cuBLAS); what is ours is what a GEMM library cannot do: gathers that
+upcast on the way, and sums that are rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from inlay._native import module
+from inlay.ops._registry import (
+    as_rows,
+    check_device,
+    check_floating,
+    check_indices,
+    compute_dtype,
+    fail,
+    raw_op,
+    writable_rows,
+)
+
+
+def _check_acc(op: str, acc: Tensor, like: Tensor, width: int) -> None:
+    if acc.dtype != compute_dtype(like):
+        fail(op, "acc", str(compute_dtype(like)), acc.dtype, "keep sums in fp32 until the one rounding", TypeError)
+    check_device(op, "acc", acc, "the activations", like)
+    wanted = (*like.shape[:-1], width)
+    if acc.shape != wanted:
+        fail(op, "acc", f"shape {tuple(wanted)}", tuple(acc.shape), "pass one sum per entry")
+
+
+# --- gather: out[..., j] = x[..., indices[j]] ------------------------------------------------------------
+
+
+def _gather_native(x: Tensor, indices: Tensor, out_dtype: torch.dtype) -> Tensor:
+    check_indices("submatrix_gather", indices, x)
+    check_floating("submatrix_gather", "x", x)
+    out = x.new_empty((*x.shape[:-1], indices.numel()), dtype=out_dtype)
+    module().submatrix_gather(as_rows(out), as_rows(x), indices.contiguous())
+    return out
+
+
+def _gather_fake(x: Tensor, indices: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return x.new_empty((*x.shape[:-1], indices.shape[0]), dtype=out_dtype)
+
+
+@raw_op(native=_gather_native, fake=_gather_fake)
+def submatrix_gather(x: Tensor, indices: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """x [..., K], indices [s] -> [..., s] in `out_dtype`."""
+    check_indices("submatrix_gather", indices, x)
+    check_floating("submatrix_gather", "x", x)
+    return x.index_select(-1, indices).to(out_dtype)
+
+
+# --- add: out = round(float(y) + acc), one rounding ------------------------------------------------------
+
+
+def _add_native(y: Tensor, acc: Tensor) -> Tensor:
+    check_floating("submatrix_add", "y", y)
+    _check_acc("submatrix_add", acc, y, y.shape[-1])
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    module().submatrix_add(as_rows(out), as_rows(y), as_rows(acc))
+    return out
+
+
+@raw_op(native=_add_native, fake=lambda y, acc: y.new_empty(y.shape))
+def submatrix_add(y: Tensor, acc: Tensor) -> Tensor:
+    """y [..., N], acc fp32 [..., N] -> [..., N] in y's dtype."""
+    check_floating("submatrix_add", "y", y)
+    _check_acc("submatrix_add", acc, y, y.shape[-1])
+    return torch.add(acc, y).to(y.dtype).contiguous()
+
+
+def _add_in_place_native(y: Tensor, acc: Tensor) -> None:
+    check_floating("submatrix_add_", "y", y)
+    _check_acc("submatrix_add_", acc, y, y.shape[-1])
+    with writable_rows(y) as rows:
+        module().submatrix_add(rows, rows, as_rows(acc))
+
+
+@raw_op(native=_add_in_place_native, fake=lambda y, acc: None, mutates=("y",))
+def submatrix_add_(y: Tensor, acc: Tensor) -> None:
+    """submatrix_add into y's own memory: for a y that nobody else has seen yet."""
+    check_floating("submatrix_add_", "y", y)
+    _check_acc("submatrix_add_", acc, y, y.shape[-1])
+    y.detach().copy_(torch.add(acc, y))
+
+
+# --- scatter-add: dx[..., indices] = round(float(dx[..., indices]) + acc) ---------------------------------
+
+
+def _scatter_add_native(dx: Tensor, indices: Tensor, acc: Tensor) -> None:
+    check_indices("submatrix_scatter_add_", indices, dx)
+    check_floating("submatrix_scatter_add_", "dx", dx)
+    _check_acc("submatrix_scatter_add_", acc, dx, indices.numel())
+    with writable_rows(dx) as rows:
+        module().submatrix_scatter_add(rows, indices.contiguous(), as_rows(acc))
+
+
+@raw_op(native=_scatter_add_native, fake=lambda dx, indices, acc: None, mutates=("dx",))
+def submatrix_scatter_add_(dx: Tensor, indices: Tensor, acc: Tensor) -> None:
+    """dx [..., K] in place, indices [s], acc fp32 [..., s]; the other channels keep their bits."""
+    check_indices("submatrix_scatter_add_", indices, dx)
+    check_floating("submatrix_scatter_add_", "dx", dx)
+    _check_acc("submatrix_scatter_add_", acc, dx, indices.numel())
+    summed = dx.index_select(-1, indices).to(acc.dtype) + acc
+    dx.detach().index_copy_(-1, indices, summed.to(dx.dtype))
+
+
+# --- write: weight[:, indices] = values (dim 1) or weight[indices, :] = values (dim 0) --------------------
+
+
+def _check_write(weight: Tensor, indices: Tensor, values: Tensor, dim: int) -> None:
+    op = "submatrix_write_"
+    check_indices(op, indices, weight)
+    check_floating(op, "weight", weight)
+    check_device(op, "values", values, "weight", weight)
+    if weight.dim() != 2 or dim not in (0, 1):
+        fail(op, "weight, dim", "a 2-D weight and dim 0 or 1", (weight.dim(), dim), "pass the weight as stored")
+    wanted = (weight.shape[0], indices.shape[0]) if dim == 1 else (indices.shape[0], weight.shape[1])
+    if values.shape != wanted:
+        fail(op, "values", f"shape {wanted}", tuple(values.shape), "pass one value per chosen weight")
+    if values.dtype != compute_dtype(weight):
+        fail(op, "values", str(compute_dtype(weight)), values.dtype, "trainable values are kept in fp32", TypeError)
+
+
+def _write_native(weight: Tensor, indices: Tensor, values: Tensor, dim: int) -> None:
+    _check_write(weight, indices, values, dim)
+    # Rows of the transposed views are columns, so one kernel serves both dims.
+    target, source = (weight, values) if dim == 1 else (weight.t(), values.t())
+    module().submatrix_write(target.detach(), indices.contiguous(), source.detach())
+
+
+@raw_op(native=_write_native, fake=lambda weight, indices, values, dim: None, mutates=("weight",))
+def submatrix_write_(weight: Tensor, indices: Tensor, values: Tensor, dim: int) -> None:
+    """Cast `values` into the chosen columns (dim 1) or rows (dim 0) of `weight`.
+
+    The version counter stays as it is: backward reads nothing of the old values, and a bump would make
+    autograd refuse weights that other calls of this step have saved.
+    """
+    _check_write(weight, indices, values, dim)
+    weight.data.index_copy_(dim, indices, values.detach().to(weight.dtype))
+
+
+# --- gradient: dyᵀ · x_sel, fp32 ------------------------------------------------------------------------
+
+
+def _check_grad(dy: Tensor, x_sel: Tensor) -> None:
+    check_floating("submatrix_grad", "dy", dy)
+    check_floating("submatrix_grad", "x_sel", x_sel)
+    check_device("submatrix_grad", "x_sel", x_sel, "dy", dy)
+    if dy.shape[:-1] != x_sel.shape[:-1]:
+        wanted = f"leading shape {tuple(dy.shape[:-1])} as dy"
+        fail("submatrix_grad", "x_sel", wanted, tuple(x_sel.shape), "pass the activations of the same tokens")
+
+
+def _grad_fake(dy: Tensor, x_sel: Tensor) -> Tensor:
+    return dy.new_empty((dy.shape[-1], x_sel.shape[-1]), dtype=torch.promote_types(dy.dtype, torch.float32))
+
+
+def _grad_reference(dy: Tensor, x_sel: Tensor) -> Tensor:
+    """dy [..., N], x_sel [..., s] -> fp32 [N, s], summed over all tokens in fp32. Swap roles for output channels."""
+    _check_grad(dy, x_sel)
+    wide = compute_dtype(dy)
+    return as_rows(dy).to(wide).t().mm(as_rows(x_sel).to(wide))
+
+
+_grad_reference.__name__ = "submatrix_grad"
+submatrix_grad = raw_op(native=_grad_reference, fake=_grad_fake)(_grad_reference)

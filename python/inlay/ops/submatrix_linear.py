@@ -1,0 +1,197 @@
+"""Submatrix delta: y + x[..., I] · Vᵀ (input channels) or y[..., O] + x · Vᵀ (output channels), V in fp32.
+
+S²FT (Yang et al., 2024, arXiv:2412.06289) trains ΔW[:, I] or ΔW[O, :] of a frozen W [out, in].
+
+  side "in":   V [out, s]   y = round(base(x) + x[..., I]·Vᵀ)         saves x[..., I]
+               dV = dyᵀ·x[..., I]      dx = base dx, dx[..., I] += dy·V
+  side "out":  V [s, in]    y[..., O] = round(base(x)[..., O] + x·Vᵀ)  saves x
+               dV = dy[..., O]ᵀ·x      dx = base dx + dy[..., O]·V
+
+Sums are fp32 and rounded once. The products are torch.mm; raw ops (submatrix.py) do the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from inlay.ops._registry import (
+    as_rows,
+    autocast_dtype,
+    check_device,
+    check_floating,
+    check_indices,
+    compute_dtype,
+    fail,
+    without_autocast,
+)
+from inlay.ops.base_products import DenseBase, DenseBaseT
+from inlay.ops.submatrix import (
+    submatrix_add,
+    submatrix_add_,
+    submatrix_gather,
+    submatrix_grad,
+    submatrix_scatter_add_,
+    submatrix_write_,
+)
+
+__all__ = [
+    "DenseBase",
+    "DenseBaseT",
+    "submatrix_add_delta",
+    "submatrix_linear",
+    "submatrix_linear_in_place",
+]
+
+
+def _check(op: str, x: Tensor, values: Tensor, indices: Tensor, side: str) -> None:
+    check_floating(op, "x", x)
+    check_indices(op, indices, x)
+    check_device(op, "values", values, "x", x)
+    if side not in ("in", "out"):
+        fail(op, "side", "'in' or 'out'", repr(side), "say which channels the indices name")
+    if values.dtype != compute_dtype(x):
+        fail(op, "values", str(compute_dtype(x)), values.dtype, "keep trainable values in fp32", TypeError)
+    chosen = values.shape[1 if side == "in" else 0] if values.dim() == 2 else None
+    if chosen != indices.shape[0]:
+        layout = "[out, s]" if side == "in" else "[s, in]"
+        fail(op, "values", f"{layout} with s = {indices.shape[0]}", tuple(values.shape), "match values to indices")
+
+
+def _product(x: Tensor, values_t: Tensor) -> Tensor:
+    """x [..., a] in any float dtype times fp32 [a, b] -> fp32 [..., b]."""
+    out = as_rows(x).to(values_t.dtype).mm(values_t)
+    return out.view(*x.shape[:-1], values_t.shape[1])
+
+
+def add_forward(y: Tensor, x: Tensor, values: Tensor, indices: Tensor, side: str) -> Tensor:
+    """y += x·ΔWᵀ in y's memory; returns what the gradient of `values` needs of x."""
+    if side == "in":
+        kept = submatrix_gather(x, indices, x.dtype)
+        submatrix_add_(y, _product(kept, values.t()))
+        return kept
+    submatrix_scatter_add_(y, indices, _product(x, values.t()))
+    return x
+
+
+def values_grad(dy: Tensor, kept: Tensor, indices: Tensor, side: str) -> Tensor:
+    if side == "in":
+        return submatrix_grad(dy, kept)
+    return submatrix_grad(submatrix_gather(dy, indices, dy.dtype), kept)
+
+
+def add_backward_input(dx: Tensor, dy: Tensor, values: Tensor, indices: Tensor, side: str) -> None:
+    """dx += dy·ΔW in dx's memory."""
+    if side == "in":
+        submatrix_scatter_add_(dx, indices, _product(dy, values))
+    else:
+        submatrix_add_(dx, _product(submatrix_gather(dy, indices, values.dtype), values))
+
+
+class _AddDelta(Function):
+    @staticmethod
+    @without_autocast
+    def forward(ctx: Any, y: Tensor, x: Tensor, values: Tensor, indices: Tensor, side: str) -> Tensor:
+        if side == "in":  # one pass over y: the sum goes straight into a new tensor
+            kept = submatrix_gather(x, indices, x.dtype)
+            out = submatrix_add(y, _product(kept, values.t()))
+        else:
+            out = y.clone(memory_format=torch.contiguous_format)
+            kept = add_forward(out, x, values, indices, side)
+        needs = ctx.needs_input_grad
+        ctx.save_for_backward(kept if needs[2] else None, values if needs[1] else None, indices)
+        ctx.side, ctx.x_shape, ctx.x_dtype = side, x.shape, x.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        kept, values, indices = ctx.saved_tensors
+        dx = dv = None
+        if ctx.needs_input_grad[1]:
+            dx = dy.new_zeros(ctx.x_shape, dtype=ctx.x_dtype)
+            add_backward_input(dx, dy, values, indices, ctx.side)
+        if ctx.needs_input_grad[2]:
+            dv = values_grad(dy, kept, indices, ctx.side)
+        return dy if ctx.needs_input_grad[0] else None, dx, dv, None, None
+
+
+class _Linear(Function):
+    """The base product and its delta in one node: dx is one tensor, into which the delta's part is added."""
+
+    @staticmethod
+    @without_autocast
+    def forward(
+        ctx: Any, x: Tensor, values: Tensor, indices: Tensor, side: str, base: Any, in_place: bool, *base_tensors: Tensor
+    ) -> Tensor:
+        y = base.forward(x, *base_tensors)
+        needs_x, needs_v = ctx.needs_input_grad[:2]
+        if not in_place:
+            kept = add_forward(y, x, values, indices, side)
+        elif needs_v:
+            kept = submatrix_gather(x, indices, x.dtype) if side == "in" else x
+        saved = [kept if needs_v else None, values if needs_x and not in_place else None, indices]
+        ctx.save_for_backward(*saved, *(base_tensors if needs_x else ()))
+        ctx.side, ctx.base, ctx.in_place, ctx.base_count = side, base, in_place, len(base_tensors)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        kept, values, indices, *base_tensors = ctx.saved_tensors
+        dx = dv = None
+        if ctx.needs_input_grad[1]:
+            dv = values_grad(dy, kept, indices, ctx.side)
+        if ctx.needs_input_grad[0]:
+            dx = ctx.base.backward_input(dy, *base_tensors)
+            if not ctx.in_place:
+                add_backward_input(dx, dy, values, indices, ctx.side)
+        return dx, dv, None, None, None, None, *([None] * ctx.base_count)
+
+
+def cast_for_autocast(x: Tensor, base: Any, base_tensors: tuple) -> tuple[Tensor, tuple]:
+    """What autocast would do to a linear layer's input and weights, before the Function sees them."""
+    dtype = autocast_dtype(x)
+    if dtype == x.dtype:
+        return x, base_tensors
+    return x.to(dtype), base.cast(dtype, *base_tensors) if hasattr(base, "cast") else base_tensors
+
+
+def submatrix_add_delta(y: Tensor, x: Tensor, values: Tensor, indices: Tensor, side: str) -> Tensor:
+    """y [..., out] + x [..., in] · ΔWᵀ with one rounding, as a new tensor; differentiable in y, x and values."""
+    x = x.to(autocast_dtype(x))
+    _check("submatrix_add_delta", x, values, indices, side)
+    check_floating("submatrix_add_delta", "y", y)
+    check_device("submatrix_add_delta", "y", y, "x", x)
+    return _AddDelta.apply(y, x, values, indices, side)
+
+
+def submatrix_linear(
+    x: Tensor, values: Tensor, indices: Tensor, side: str, base: Any, *base_tensors: Tensor | None
+) -> Tensor:
+    """base(x) + x·ΔWᵀ; differentiable in x and values only."""
+    x, base_tensors = cast_for_autocast(x, base, base_tensors)
+    _check("submatrix_linear", x, values, indices, side)
+    return _Linear.apply(x, values, indices, side, base, False, *base_tensors)
+
+
+def submatrix_linear_in_place(
+    x: Tensor, values: Tensor, indices: Tensor, side: str, base: Any, *base_tensors: Tensor | None
+) -> Tensor:
+    """The paper's form: `values` hold the chosen channels themselves and are copied into the weight first."""
+    _check("submatrix_linear_in_place", x, values, indices, side)
+    write_values(values, indices, side, base, base_tensors)
+    x, base_tensors = cast_for_autocast(x, base, base_tensors)
+    return _Linear.apply(x, values, indices, side, base, True, *base_tensors)
+
+
+def write_values(values: Tensor, indices: Tensor, side: str, base: Any, base_tensors: tuple) -> None:
+    if not hasattr(base, "out_in"):
+        fail("submatrix_write_", "base", "a dense base", base.__name__, "use the additive form on a packed base", TypeError)
+    submatrix_write_(base.out_in(*base_tensors), indices, values, 1 if side == "in" else 0)
