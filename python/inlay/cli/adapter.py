@@ -1,0 +1,88 @@
+"""`inlay merge`, `inlay export`, `inlay verify`: what becomes of an adapter."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .models import add_model_arguments, fill_from_config, load_model
+
+DEFAULT_PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a small village by the sea,",
+    "def fibonacci(n):",
+)
+
+
+def add_parsers(commands: Any) -> None:
+    merge = commands.add_parser("merge", help="write base + adapter as a plain model")
+    add_model_arguments(merge, adapter=True)
+    merge.add_argument("--output", required=True, help="folder to write")
+    merge.set_defaults(run=run_merge)
+
+    export = commands.add_parser("export", help="write the adapter in another library's format")
+    add_model_arguments(export, adapter=True)
+    export.add_argument("--output", required=True, help="folder to write")
+    export.add_argument("--format", default="peft-lora", help="peft-lora (default)")
+    export.set_defaults(run=run_export)
+
+    verify = commands.add_parser("verify", help="compare a merged model with base + adapter")
+    add_model_arguments(verify, adapter=True)
+    verify.add_argument("--merged", required=True, help="folder of the merged model")
+    verify.add_argument("--prompts", help="text file, one prompt per line")
+    verify.set_defaults(run=run_verify)
+
+
+def run_merge(args: argparse.Namespace) -> None:
+    from ..adapters import merge
+
+    model, tokenizer = _load_tuned(args)
+    merge(model).save_pretrained(_new_folder(args.output))
+    tokenizer.save_pretrained(args.output)
+    print(f"inlay: merged model saved in {args.output}")
+
+
+def run_export(args: argparse.Namespace) -> None:
+    from ..adapters import export
+
+    model, _ = _load_tuned(args)
+    export(model, _new_folder(args.output), format=args.format)
+    print(f"inlay: {args.format} adapter saved in {args.output}")
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    from ..adapters import verify
+
+    prompts = _read_prompts(args.prompts) if args.prompts else list(DEFAULT_PROMPTS)
+    model, tokenizer = _load_tuned(args)
+    plain, _ = load_model(args.merged, dtype=args.dtype)
+    result = verify(model, plain, prompts, tokenizer=tokenizer)
+    print(f"inlay: max |logit difference| {result.max_logit_diff:.3g}; greedy tokens equal: {result.tokens_equal}")
+    return 0 if result.tokens_equal else 1
+
+
+def _load_tuned(args: argparse.Namespace) -> tuple[Any, Any]:
+    from ..adapters import load
+
+    args = fill_from_config(args)
+    if args.adapter is None:
+        raise ValueError("wanted an adapter, got none; pass --adapter FOLDER or a training config with output_dir")
+    model, tokenizer = load_model(args.model, args.gguf_file, args.dtype)
+    return load(model, args.adapter).eval(), tokenizer
+
+
+def _new_folder(path: str) -> str:
+    # Writing a model over something else has cost people their base model.
+    if Path(path).exists() and any(Path(path).iterdir()):
+        raise FileExistsError(
+            f"wanted a new or empty folder for the output, got {path}, which has files; remove it first"
+        )
+    return path
+
+
+def _read_prompts(path: str) -> list[str]:
+    prompts = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"wanted one prompt per line in {path}, got an empty file")
+    return prompts

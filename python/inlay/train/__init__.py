@@ -1,0 +1,8 @@
+"""The training API: transformers' Trainer with our data path, optimizer and checks."""
+
+from .finetune import FinetuneResult, finetune
+from .hardware import best_cpu_dtype
+from .memory import PeakMemory
+from .trainer import Trainer
+
+__all__ = ["FinetuneResult", "PeakMemory", "Trainer", "best_cpu_dtype", "finetune"]

@@ -1,0 +1,192 @@
+"""`inlay.finetune`: records in, adapter out."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ..data import Collator, TrainingData, prepare, show_mask
+from ..data.formats import RecordSource
+from ..model import state_of
+from ..nn.head import FusedCausalLoss
+from ..tune import tune
+from .arguments import training_arguments as build_arguments
+from .memory import PeakMemory
+from .trainer import Trainer
+
+
+@dataclass
+class FinetuneResult:
+    """What a run did. Speed counts input tokens that are not padding, over time spent in steps."""
+
+    losses: list[float]  # of the optimizer steps of this call, in order
+    tokens_per_second: float
+    padding_fraction: float
+    peak_memory_bytes: int | None  # above the loaded model; None where the system cannot tell
+    steps: int
+    output_dir: str | None
+    seconds: float = 0.0
+    eval_losses: dict[int, float] = field(default_factory=dict)  # optimizer step -> loss on eval_data
+
+    def __str__(self) -> str:
+        memory = "unknown" if self.peak_memory_bytes is None else f"{self.peak_memory_bytes / 2**20:,.0f} MiB"
+        return (
+            f"{self.steps} steps in {self.seconds:.1f} s: {self.tokens_per_second:,.0f} tokens/s, "
+            f"{self.padding_fraction:.1%} padding, peak memory {memory} above the loaded model"
+        )
+
+
+def finetune(
+    model: Any,
+    tokenizer: Any,
+    data: RecordSource | TrainingData,
+    *,
+    method: Any = None,
+    eval_data: RecordSource | TrainingData | None = None,
+    max_length: int = 1024,
+    train_on_inputs: bool = False,
+    chat_template: bool | None = None,
+    callbacks: list[Any] | None = None,
+    **training_arguments: Any,
+) -> FinetuneResult:
+    """Fine-tune a causal language model on records.
+
+    Args:
+        model: a model from `inlay.tune`, or a plain one together with `method`.
+        tokenizer: its tokenizer.
+        data: a .json or .jsonl path, a list of records, or what `inlay.data.prepare` returned.
+            Formats: see `inlay.data.formats`.
+        method: what to train, for a model that is not tuned yet: `inlay.S2FT(ratio=0.03)`.
+        eval_data: records to evaluate on; with an `eval_strategy`, during training, else at the end.
+        max_length: longer samples are cut, and counted.
+        train_on_inputs: put loss on prompts too, not on completions only.
+        chat_template: None uses the tokenizer's template where it has one; False joins prompt and
+            completion as they are.
+        callbacks: transformers TrainerCallbacks.
+        **training_arguments: names of transformers.TrainingArguments. Without `output_dir`
+            nothing is written. `resume_from_checkpoint` takes a path, or True for the newest one.
+
+    Raises:
+        TypeError: an unknown argument, or a model that cannot be trained this way.
+        ValueError: no supervised token in the data or in a batch.
+        RuntimeError, FloatingPointError: a missing or non-finite gradient after the first step; a
+            non-finite loss.
+    """
+    resume = training_arguments.pop("resume_from_checkpoint", None)
+    arguments = _training_arguments(training_arguments)
+    model = _tuned(model, method)
+    options = {"max_length": max_length, "train_on_inputs": train_on_inputs, "chat_template": chat_template}
+    train_data = _prepared(data, tokenizer, options)
+    held_out = None if eval_data is None else _prepared(eval_data, tokenizer, options)
+    collator = Collator.for_model(model, tokenizer)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_data,
+        eval_dataset=held_out,
+        data_collator=collator,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        pad_token_id=collator.pad_token_id,
+        inlay_optimizer="optim" not in training_arguments,
+    )
+    if trainer.is_world_process_zero():
+        _announce(model, tokenizer, train_data, held_out, train_on_inputs)
+    return run(trainer, save="output_dir" in training_arguments, resume_from_checkpoint=resume)
+
+
+def run(trainer: Trainer, *, save: bool, resume_from_checkpoint: str | bool | None = None) -> FinetuneResult:
+    """Train, measure, evaluate, save."""
+    memory = PeakMemory(trainer.args.device)
+    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    peak = memory.bytes()
+    if trainer.eval_dataset is not None and trainer.args.eval_strategy == "no":
+        trainer.evaluate()
+    result = FinetuneResult(
+        losses=trainer.losses,
+        tokens_per_second=trainer.tokens / max(trainer.meter.seconds, 1e-9),
+        padding_fraction=trainer.padding / max(trainer.padding + trainer.tokens, 1),
+        peak_memory_bytes=peak,
+        steps=len(trainer.losses),
+        output_dir=trainer.args.output_dir if save else None,
+        seconds=trainer.meter.seconds,
+        eval_losses={e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e},
+    )
+    if save:
+        trainer.save_model()
+        trainer.save_state()
+    if trainer.is_world_process_zero():
+        if save:
+            _write_record(trainer, result)
+        print(f"inlay: {result}")
+    return result
+
+
+def _training_arguments(given: dict[str, Any]) -> transformers.TrainingArguments:
+    return build_arguments(known=inspect.signature(finetune).parameters, **given)
+
+
+def _tuned(model: Any, method: Any) -> Any:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise TypeError(
+            f"finetune trains decoder-only language models, got {type(model).__name__} (encoder-decoder); "
+            "call inlay.tune and give the result to transformers' Seq2SeqTrainer"
+        )
+    tuned = state_of(model) is not None
+    if tuned and method is not None:
+        raise ValueError("the model is tuned already; leave method out, or start from the plain model")
+    if not tuned and method is None:
+        raise ValueError(
+            "wanted a tuned model or a method, got a plain model and no method; "
+            "pass method=inlay.S2FT(ratio=0.03), or call inlay.tune first"
+        )
+    return model if tuned else tune(model, method)
+
+
+def _prepared(data: RecordSource | TrainingData, tokenizer: Any, options: dict[str, Any]) -> TrainingData:
+    return data if isinstance(data, TrainingData) else prepare(data, tokenizer, **options)
+
+
+def _announce(
+    model: Any, tokenizer: Any, data: TrainingData, held_out: TrainingData | None, train_on_inputs: bool
+) -> None:
+    """What is about to be trained on what: the questions a run that went wrong raises afterwards."""
+    print(f"inlay: data: {data.report}")
+    if held_out is not None:
+        print(f"inlay: eval data: {held_out.report}")
+    print(f"inlay: first sample, supervised parts in [[ ]]:\n{show_mask(tokenizer, data[0])}")
+    whole = train_on_inputs or data.report.format == "text"
+    print(f"inlay: loss on {'every token' if whole else 'completions only'}, {_loss_in_force(model)}")
+    model.print_trainable_parameters()
+
+
+def _loss_in_force(model: Any) -> str:
+    loss = getattr(model, "_loss_function", None)
+    fused = isinstance(loss, FusedCausalLoss)
+    return "fused linear cross-entropy (logits are not kept)" if fused else "the model's own loss"
+
+
+def _write_record(trainer: Trainer, result: FinetuneResult) -> None:
+    """inlay_run.json: what it takes to repeat the run."""
+    samples = trainer.train_dataset.samples
+    record = {
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "arguments": trainer.args.to_dict(),
+        "data": vars(trainer.train_dataset.report),
+        "data_sha256": hashlib.sha256(json.dumps(samples).encode()).hexdigest(),
+        "result": vars(result),
+    }
+    path = Path(trainer.args.output_dir) / "inlay_run.json"
+    path.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")

@@ -1,0 +1,127 @@
+"""transformers' Trainer with the checks that stop a run which would train on nothing, or on NaN.
+
+Only methods that transformers documents for overriding are overridden: create_optimizer and
+training_step.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from ..data.collate import count_padding
+from ..data.masking import IGNORED
+
+
+class Trainer(transformers.Trainer):
+    """Trains with inlay's AdamW unless `optim` names another, and keeps the books.
+
+    Attributes:
+        losses: the loss of every optimizer step of this run.
+        tokens: input tokens trained on, padding not counted.
+        padding: padding positions computed for nothing.
+        meter: time spent in steps, without evaluation and saving.
+    """
+
+    def __init__(self, *args: Any, pad_token_id: int = -1, inlay_optimizer: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.losses: list[float] = []
+        self.tokens = 0
+        self.padding = 0
+        self.meter = StepTimer()
+        self.add_callback(self.meter)
+        self._pad_token_id = pad_token_id
+        self._inlay_optimizer = inlay_optimizer
+        self._step_loss = 0.0
+        self._gradients_checked = False
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self._inlay_optimizer:
+            self.optimizer = self._create_adamw(self.model if model is None else model)
+        return super().create_optimizer(model)
+
+    def _create_adamw(self, model: nn.Module) -> torch.optim.Optimizer:
+        from ..optim import AdamW
+
+        decayed = set(self.get_decay_parameter_names(model))
+        trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for name, p in trainable if name in decayed], "weight_decay": self.args.weight_decay},
+            {"params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0},
+        ]
+        return AdamW(
+            [group for group in groups if group["params"]],
+            lr=self.args.learning_rate,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_epsilon,
+        )
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        self._count(inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._record(float(loss))
+        if not self._gradients_checked and self.accelerator.sync_gradients:
+            # Here, before clipping: one NaN would make the norm NaN, and with it every gradient.
+            check_gradients(model)
+            self._gradients_checked = True
+        return loss
+
+    def _count(self, inputs: dict[str, Tensor]) -> None:
+        labels = inputs["labels"]
+        if not bool((labels[:, 1:] != IGNORED).any()):
+            raise ValueError(
+                f"step {self.state.global_step}: wanted at least one supervised token in the batch, got none "
+                "(every label behind position 0 is -100); check the completions, max_length and the collator"
+            )
+        padding = count_padding(inputs["input_ids"], labels, self._pad_token_id)
+        self.padding += padding
+        self.tokens += labels.numel() - padding
+
+    def _record(self, loss: float) -> None:
+        if not -float("inf") < loss < float("inf"):
+            raise FloatingPointError(
+                f"step {self.state.global_step}: wanted a finite loss, got {loss}; lower the learning_rate, use "
+                "warmup_steps, or load the model in float32; resume_from_checkpoint continues from the last checkpoint"
+            )
+        self._step_loss += loss
+        if self.accelerator.sync_gradients:
+            self.losses.append(self._step_loss)
+            self._step_loss = 0.0
+
+
+class StepTimer(TrainerCallback):
+    """Seconds in training steps: forward, backward, optimizer."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._began = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - self._began
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Raise, naming the first trainable parameter whose gradient is missing or not finite."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None:
+            raise RuntimeError(
+                f"wanted a gradient for every trainable parameter after the first step, got none for {name}: nothing "
+                "it feeds reaches the loss; leave it out of target_modules, or check gradient checkpointing"
+            )
+        if not bool(torch.isfinite(parameter.grad).all()):
+            raise FloatingPointError(
+                f"wanted finite gradients after the first step, got NaN or infinity in {name}; "
+                "check the model's weights, or load it in float32"
+            )
