@@ -1,0 +1,87 @@
+"""The adapter directory: names, and writing files so that nothing already saved is lost.
+
+    adapter_config.json        the method's options and PEFT's common keys, sorted, indented by 2
+    adapter_model.safetensors  base_model.model.<module>.<tensor>, as PEFT's own code names them
+    model.safetensors          the same tensors under the tuned model's state-dict keys: what Trainer resumes from
+    README.md                  a short card
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+RESUME_NAME = "model.safetensors"
+CARD_NAME = "README.md"
+KEY_PREFIX = "base_model.model."
+FORMAT_VERSION = 1
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Call ``write`` with a temporary name beside ``path``, then rename: ``path`` is the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    text = json.dumps(values, indent=2, sort_keys=True)
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda p: save_file(held, str(p), metadata={"format": "pt"}))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in ``path``; ValueError if it is missing, truncated or no JSON object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"wanted an adapter directory, found no {path.name} in {path.parent}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no JSON ({error}); the file is corrupt: save the adapter again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: wanted a JSON object, got {type(values).__name__}")
+    return values
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors in ``path``; ValueError if it is missing, truncated or corrupt."""
+    if not path.is_file():
+        raise ValueError(f"wanted adapter weights, found no {path.name} in {path.parent}")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}); the file is truncated or corrupt") from None
+
+
+def base_path_of(model: Any) -> str | None:
+    """Where the base model came from, as transformers recorded it."""
+    config = getattr(model, "config", None)
+    return getattr(config, "_name_or_path", None) or getattr(model, "name_or_path", None) or None
+
+
+def peft_keys(model: Any) -> dict[str, Any]:
+    """The keys PEFT's own ``PeftConfig`` writes for every method."""
+    return {
+        "auto_mapping": None,
+        "base_model_name_or_path": base_path_of(model),
+        "inference_mode": True,
+        "revision": None,
+        "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
+    }

@@ -1,0 +1,108 @@
+"""Load adapters onto a base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..methods import METHODS, Method
+from ..model import sample_weights, state_of
+from ..tune import DEFAULT_ADAPTER, attach, check_tunable
+from .files import CONFIG_NAME, FORMAT_VERSION, KEY_PREFIX, WEIGHTS_NAME, peft_keys, read_json, read_tensors
+
+#: Keys of adapter_config.json that are not options of the method.
+_COMMON = {"peft_type", "peft_version", "inlay_version", "inlay_format", "base_sample"}
+#: Mean |difference| over rms of sampled base weights above which the base is another model. Four-bit quantization
+#: moves weights by about 0.09 of their rms; two unrelated models differ by more than 1.
+_OTHER_BASE = 0.3
+
+
+def load(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    name: str = DEFAULT_ADAPTER,
+    check_base: bool = True,
+    trainable: bool = True,
+    fused_blocks: bool = True,
+    fused_loss: bool = True,
+) -> nn.Module:
+    """Put the adapter in ``directory`` on ``model`` (plain or tuned), in place, and make it the active one.
+
+    Args:
+        model: the base model the adapter was trained on.
+        name: adapter name on this model; several adapters may share a base.
+        check_base: compare a few base weights with those the adapter was trained on.
+        trainable: False freezes the adapter after loading.
+        fused_blocks, fused_loss: as for :func:`inlay.tune`.
+
+    Raises:
+        ValueError: files missing, corrupt, of an unknown method or newer format; tensors that do not fit; another base.
+    """
+    directory = Path(directory)
+    config = read_json(directory / CONFIG_NAME)
+    method = method_of(config, directory)
+    grouped = group_by_module(read_tensors(directory / WEIGHTS_NAME), directory)
+    modules = dict(model.named_modules())
+    for path in grouped:
+        if path not in modules:
+            raise ValueError(f"the adapter tunes {path!r}, which this {type(model).__name__} lacks; load its own base")
+        check_tunable(model, path)
+    state = state_of(model)
+    if state is not None and name in state.methods:
+        raise ValueError(f"this model has an adapter {name!r} already; pass another name")
+    if check_base:
+        _check_base(model, config.get("base_sample") or {})
+    deltas = {path: method.restore(modules[path], tensors, path) for path, tensors in grouped.items()}
+    tuned = attach(model, method, deltas, name, fused_blocks=fused_blocks, fused_loss=fused_loss)
+    if not trainable:
+        for delta in deltas.values():
+            delta.requires_grad_(False)
+    return tuned
+
+
+def method_of(config: dict[str, Any], where: Path) -> Method:
+    """The method config in an ``adapter_config.json``."""
+    kind, version = config.get("peft_type"), config.get("inlay_format", FORMAT_VERSION)
+    if kind not in METHODS:
+        raise ValueError(f"{where}: wanted an adapter of {sorted(METHODS)}, got peft_type={kind!r}")
+    if version > FORMAT_VERSION:
+        raise ValueError(f"{where}: format {version} is newer than this inlay reads ({FORMAT_VERSION}); upgrade inlay")
+    options = {k: v for k, v in config.items() if k not in _COMMON and k not in peft_keys(None)}
+    try:
+        return METHODS[kind].from_dict(options)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def group_by_module(tensors: dict[str, Tensor], where: Path) -> dict[str, dict[str, Tensor]]:
+    """Adapter-file tensors as ``{module: {tensor name: tensor}}``."""
+    grouped: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if not key.startswith(KEY_PREFIX):
+            raise ValueError(f"{where}: wanted keys that start with {KEY_PREFIX!r}, got {key!r}")
+        module, _, leaf = key[len(KEY_PREFIX) :].rpartition(".")
+        grouped.setdefault(module, {})[leaf] = tensor
+    if not grouped:
+        raise ValueError(f"{where}: the adapter holds no tensor")
+    return grouped
+
+
+def _check_base(model: nn.Module, sample: dict[str, list[float]]) -> None:
+    state = state_of(model)
+    names = [n for n in sample if any(n == m for m, _ in model.named_modules())]
+    here = state.base_sample if state is not None and all(n in state.base_sample for n in names) else None
+    here = here if here is not None else sample_weights(model, names, every=True)
+    for name in names:
+        wanted, got = torch.tensor(sample[name]), torch.tensor(here.get(name, []))
+        if wanted.shape != got.shape:
+            continue
+        distance = (wanted - got).abs().mean() / wanted.square().mean().sqrt().clamp_min(1e-12)
+        if not distance <= _OTHER_BASE:
+            raise ValueError(
+                f"this is not the base the adapter was trained on: {name}.weight differs by {float(distance):.2f} of its "
+                "size; load the right base, or pass check_base=False if you mean it"
+            )

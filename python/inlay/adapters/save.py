@@ -1,0 +1,109 @@
+"""Save the active adapter of a tuned model."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..model import TuneState, require_state, tuned_linears
+from ..version import __version__
+from .files import (
+    CARD_NAME,
+    CONFIG_NAME,
+    FORMAT_VERSION,
+    KEY_PREFIX,
+    RESUME_NAME,
+    WEIGHTS_NAME,
+    base_path_of,
+    peft_keys,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
+
+
+def save_adapter(
+    model: nn.Module, directory: str | Path, *, name: str | None = None, state_dict: dict[str, Tensor] | None = None
+) -> None:
+    """Write one adapter of ``model`` to ``directory``: config, tensors, resume file and card. Never the base.
+
+    Args:
+        name: which adapter; the active one if None.
+        state_dict: take values from here (a gathered state dict of a sharded model) instead of the model.
+
+    Raises:
+        TypeError: the model is not tuned.
+        ValueError: ``name`` is not one adapter; a tensor is empty or not finite; or every value is still what tuning
+            started from, so that there is nothing to save.
+    """
+    state = require_state(model, "save_pretrained")
+    name = name if name is not None else _single_active(state)
+    directory = Path(directory)
+    tensors, resume = collect(model, name, state_dict)
+    check_worth_saving(model, name, tensors)
+    directory.mkdir(parents=True, exist_ok=True)
+    method = state.methods[name]
+    config = {
+        **peft_keys(model),
+        **method.to_dict(),
+        "peft_type": method.peft_type,
+        "inlay_version": __version__,
+        "inlay_format": FORMAT_VERSION,
+        "base_sample": state.base_sample,
+    }
+    write_tensors(directory / WEIGHTS_NAME, tensors)
+    write_tensors(directory / RESUME_NAME, resume)
+    write_json(directory / CONFIG_NAME, config)
+    card = _card(model, state, name)
+    write_atomically(directory / CARD_NAME, lambda path: path.write_text(card, encoding="utf-8"))
+
+
+def collect(
+    model: nn.Module, name: str, state_dict: dict[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The adapter's tensors by adapter-file key, and by state-dict key."""
+    tensors, resume = {}, {}
+    for path, module in tuned_linears(model).items():
+        if name not in module.deltas:
+            continue
+        for key, tensor in module.deltas[name].tensors().items():
+            full = f"{path}.deltas.{name}.{key}"
+            value = (state_dict or {}).get(full, tensor)
+            tensors[f"{KEY_PREFIX}{path}.{key}"] = value
+            resume[full] = value
+    return tensors, resume
+
+
+def check_worth_saving(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
+    """Refuse to write an adapter that is empty, broken, or that changes nothing."""
+    for key, tensor in tensors.items():
+        if tensor.numel() == 0:
+            raise ValueError(f"{key} is empty: the tensor was sharded away or freed; gather the state dict before saving")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{key} holds NaN or infinity: training diverged; lower the learning rate or resume earlier")
+    deltas = {p: m.deltas[name] for p, m in tuned_linears(model).items() if name in m.deltas}
+    still = [path for path, delta in deltas.items() if not delta.changes_anything()]
+    if len(still) == len(deltas):
+        raise ValueError(f"adapter {name!r} changes nothing: all its values are untrained; train before saving")
+    if still:
+        warnings.warn(f"adapter {name!r} changes nothing at {len(still)} linears, first {still[0]}", stacklevel=3)
+
+
+def _single_active(state: TuneState) -> str:
+    if len(state.active) != 1:
+        raise ValueError(f"wanted one active adapter to save, got {list(state.active)}; pass name=... or set_adapter one")
+    return state.active[0]
+
+
+def _card(model: nn.Module, state: TuneState, name: str) -> str:
+    method = state.methods[name]
+    base = base_path_of(model) or "unknown"
+    options = "\n".join(f"- `{key}`: `{value}`" for key, value in method.to_dict().items())
+    return (
+        f"---\nlibrary_name: inlay\nbase_model: {base}\n---\n\n# {method.peft_type} adapter\n\n"
+        f"Trained with inlay {__version__} on `{base}`.\n\n{options}\n\n"
+        "```python\nimport inlay\n\nmodel = inlay.load(base_model, path_to_this_directory)\n```\n"
+    )

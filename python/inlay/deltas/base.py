@@ -1,0 +1,65 @@
+"""The contract of a delta: the trainable change to one base weight."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..bases.linear import base_linear
+from ..ops.swiglu import swiglu
+
+
+class Delta(nn.Module):
+    """Trainable change ``ΔW [out, in]`` to one frozen base weight, in some parameterization.
+
+    Trainables are ordinary fp32 ``nn.Parameter``s whose ``.grad`` has their own shape, so gradient
+    accumulation, clipping, DDP and any torch optimizer work unmodified.
+
+    Attributes:
+        in_features, out_features: the shape of the base weight, ``[out_features, in_features]``.
+        in_place: True if the delta writes its values into the base weight (one such delta per base).
+        tensor_names: the parameters and buffers an adapter file stores, in the order they are written.
+    """
+
+    tensor_names: ClassVar[tuple[str, ...]] = ()
+    in_place: bool = False
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """``y + x·ΔWᵀ`` for ``x [..., in]``, ``y [..., out]``; saves only what its own gradient needs."""
+        raise NotImplementedError(f"{type(self).__name__} must define add_to(y, x)")
+
+    def linear(self, x: Tensor, base: type, *tensors: Tensor | None) -> Tensor:
+        """``base(x) + x·ΔWᵀ``. Deltas override this where one fused op does both; same result."""
+        return self.add_to(base_linear(x, base, *tensors), x)
+
+    def gated_linear(self, gate: Tensor, up: Tensor, act: str, base: type, *tensors: Tensor | None) -> Tensor:
+        """``linear(act(gate) * up)``. Overridden where the backward can rebuild the product instead of keeping it."""
+        return self.linear(swiglu(gate, up, act), base, *tensors)
+
+    def weight_delta(self) -> Tensor:
+        """Dense ``ΔW [out, in]`` in fp32: for merging and tests."""
+        raise NotImplementedError(f"{type(self).__name__} must define weight_delta()")
+
+    def merge_into(self, weight: Tensor) -> Tensor:
+        """A merged copy of ``weight [out, in]`` in its own dtype: one rounding of the fp32 sum."""
+        merged = weight.to(torch.float32) + self.weight_delta().to(weight.device)
+        return merged.to(weight.dtype)
+
+    def lora_factors(self) -> tuple[Tensor, Tensor] | None:
+        """``(A [r, in], B [out, r])`` with ``B·A == ΔW`` bit for bit, or None if there are none."""
+        return None
+
+    def changes_anything(self) -> bool:
+        """False while ΔW is still zero."""
+        raise NotImplementedError(f"{type(self).__name__} must define changes_anything()")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What an adapter file stores of this delta, by :attr:`tensor_names`."""
+        return {name: getattr(self, name).detach() for name in self.tensor_names}

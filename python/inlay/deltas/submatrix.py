@@ -1,0 +1,140 @@
+"""The submatrix delta of S²FT: chosen input channels ``ΔW[:, I]`` or output channels ``ΔW[O, :]``.
+
+Source: Yang et al., "S²FT: Efficient, Scalable and Generalizable LLM Fine-tuning by Structured Sparsity", NeurIPS 2024.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import submatrix_add_delta, submatrix_linear, submatrix_linear_in_place, submatrix_write_
+from ..ops.swiglu import swiglu_submatrix_linear
+from .base import Delta
+
+Side = Literal["in", "out"]
+
+
+def check_indices(indices: Tensor, channels: int, where: str) -> Tensor:
+    """``indices`` as sorted int64 ``[s]``; raises ValueError on an empty, repeated or out-of-range channel."""
+    indices = indices.to(torch.int64).reshape(-1)
+    if indices.numel() == 0:
+        raise ValueError(f"{where}: wanted at least one channel, got none; raise `ratio` or `channels`")
+    low, high = int(indices.min()), int(indices.max())
+    if low < 0 or high >= channels:
+        raise ValueError(f"{where}: wanted channels in [0, {channels}), got {low}..{high}")
+    unique = torch.unique(indices, sorted=True)
+    if unique.numel() != indices.numel():
+        raise ValueError(f"{where}: wanted distinct channels, got {indices.numel() - unique.numel()} repeated")
+    return unique
+
+
+class SubmatrixDelta(Delta):
+    """Additive submatrix: ``y = round(float(base(x)) + float(x[..., I])·Vᵀ)``, V fp32 from zero.
+
+    Args:
+        weight: the base weight, viewed as ``[out, in]``; only its shape, device and width of dtype are used.
+        indices: the trained channels, int64 ``[s]``, any order, distinct.
+        side: ``"in"`` trains ``ΔW[:, I]`` (values ``[out, s]``), ``"out"`` trains ``ΔW[O, :]`` (values ``[s, in]``).
+
+    Weight decay on ``values`` pulls towards the base weights.
+    """
+
+    tensor_names = ("s2ft_values", "s2ft_indices")
+
+    def __init__(self, weight: Tensor, indices: Tensor, side: Side = "in", where: str = "submatrix") -> None:
+        out_features, in_features = weight.shape
+        super().__init__(in_features, out_features)
+        if side not in ("in", "out"):
+            raise ValueError(f'{where}: wanted side "in" or "out", got {side!r}')
+        self.side: Side = side
+        indices = check_indices(indices, in_features if side == "in" else out_features, where)
+        shape = (out_features, indices.numel()) if side == "in" else (indices.numel(), in_features)
+        dtype = torch.promote_types(weight.dtype, torch.float32)  # fp32, but fp64 on an fp64 base
+        self.s2ft_values = nn.Parameter(torch.zeros(shape, dtype=dtype, device=weight.device))
+        self.register_buffer("s2ft_indices", indices.to(weight.device))
+
+    @property
+    def dim(self) -> int:
+        """The dimension of ``[out, in]`` that the indices choose from."""
+        return 1 if self.side == "in" else 0
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        return submatrix_add_delta(y, x, self.s2ft_values, self.s2ft_indices, self.side)
+
+    def linear(self, x: Tensor, base: type, *tensors: Tensor | None) -> Tensor:
+        return submatrix_linear(x, self.s2ft_values, self.s2ft_indices, self.side, base, *tensors)
+
+    def gated_linear(self, gate: Tensor, up: Tensor, act: str, base: type, *tensors: Tensor | None) -> Tensor:
+        if self.side == "out":  # needs all of its input
+            return super().gated_linear(gate, up, act, base, *tensors)
+        return swiglu_submatrix_linear(
+            gate, up, act, self.s2ft_values, self.s2ft_indices, base, *tensors, in_place=self.in_place
+        )
+
+    def weight_delta(self) -> Tensor:
+        delta = self.s2ft_values.new_zeros(self.out_features, self.in_features)
+        return delta.index_copy_(self.dim, self.s2ft_indices, self.change())
+
+    def change(self) -> Tensor:
+        """ΔW at the trained channels, fp32, in the shape of ``values``."""
+        return self.s2ft_values.detach()
+
+    def changes_anything(self) -> bool:
+        return bool(self.change().any())
+
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        """One-hot on the chosen side, values on the other: ``B·A`` has one product per entry, so it is exact."""
+        count = self.s2ft_indices.numel()
+        channels = self.in_features if self.side == "in" else self.out_features
+        one_hot = self.s2ft_values.new_zeros(count, channels)
+        one_hot[torch.arange(count, device=one_hot.device), self.s2ft_indices] = 1.0
+        if self.side == "in":
+            return one_hot, self.change().clone()
+        return self.change().clone(), one_hot.t().contiguous()
+
+    def extra_repr(self) -> str:
+        return f"side={self.side}, channels={self.s2ft_indices.numel()}"
+
+
+class InPlaceSubmatrixDelta(SubmatrixDelta):
+    """The paper's form for dense bases: ``values`` (fp32) hold what the chosen channels of W *are*.
+
+    They are written into W, rounded once, at the start of every forward, since optimizers do not reliably tell
+    when they changed a parameter. The channels' original values stay in ``original`` for ``disabled``, ΔW and export.
+    Weight decay on ``values`` pulls towards zero.
+    """
+
+    in_place = True
+    tensor_names = ("s2ft_values", "s2ft_indices", "s2ft_original")
+
+    def __init__(self, weight: Tensor, indices: Tensor, side: Side = "in", where: str = "submatrix") -> None:
+        super().__init__(weight, indices, side, where)
+        original = weight.detach().index_select(self.dim, self.s2ft_indices).clone()
+        self.register_buffer("s2ft_original", original)
+        with torch.no_grad():
+            self.s2ft_values.copy_(original)
+
+    def linear(self, x: Tensor, base: type, *tensors: Tensor | None) -> Tensor:
+        return submatrix_linear_in_place(x, self.s2ft_values, self.s2ft_indices, self.side, base, *tensors)
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        raise RuntimeError("an in-place submatrix is part of its base weight; it cannot be added to another adapter")
+
+    def write(self, weight: Tensor) -> None:
+        """Write the current values into ``weight [out, in]``."""
+        submatrix_write_(weight, self.s2ft_indices, self.s2ft_values.detach(), self.dim)
+
+    def restore(self, weight: Tensor) -> None:
+        """Write the original values back into ``weight [out, in]``."""
+        submatrix_write_(weight, self.s2ft_indices, self.s2ft_original.to(self.s2ft_values.dtype), self.dim)
+
+    def change(self) -> Tensor:
+        return self.s2ft_values.detach() - self.s2ft_original.to(self.s2ft_values.dtype)
+
+    def merge_into(self, weight: Tensor) -> Tensor:
+        merged = weight.detach().clone()
+        self.write(merged)
+        return merged

@@ -1,0 +1,1 @@
+"""The only files that import other libraries' internals: one per library."""

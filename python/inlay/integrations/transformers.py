@@ -1,0 +1,30 @@
+"""What inlay relies on inside transformers (5.15 and newer)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+def causal_lm_loss(model: nn.Module) -> Callable[..., Any] | None:
+    """The model's loss function if it is transformers' causal-LM loss, else None."""
+    try:
+        from transformers.loss.loss_utils import ForCausalLMLoss
+        from transformers.modeling_utils import PreTrainedModel
+    except ImportError:
+        return None
+    if not isinstance(model, PreTrainedModel):
+        return None
+    # A model class that never calls `self.loss_function` with logits of a causal LM has another loss type.
+    loss = getattr(model, "_loss_function", None)
+    if loss is None:
+        loss_type = getattr(model, "loss_type", None)
+        loss = ForCausalLMLoss if loss_type in (None, "ForCausalLM") else None
+    return loss if loss is ForCausalLMLoss else None
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """True for T5-like models."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

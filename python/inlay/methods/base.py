@@ -1,0 +1,65 @@
+"""What every method is: a config dataclass that places deltas on linears."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..deltas import Delta
+
+#: Calibration data: batches of keyword arguments for the model's forward.
+Calibration = Iterable[Mapping[str, Any]]
+
+
+def check_keys(cls: type, given: Iterable[str]) -> None:
+    """Raise TypeError naming the first key that is no field of dataclass ``cls``, with a did-you-mean."""
+    known = [f.name for f in dataclasses.fields(cls) if f.init]
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            mean = f"did you mean {close[0]!r}? " if close else ""
+            raise TypeError(f"{cls.__name__} has no option {key!r}; {mean}it takes {known}")
+
+
+@dataclass
+class Method:
+    """Base of all method configs. Field names follow PEFT's.
+
+    Attributes:
+        target_modules: list of name suffixes, a regular expression, ``"all-linear"``, or None for the method's own
+            defaults, translated to the model family's names.
+        exclude_modules: list of name suffixes or a regular expression of linears to leave alone.
+        layers_to_transform: index or indices of the blocks to tune; None for all.
+        seed: seed of everything drawn at random.
+    """
+
+    peft_type: ClassVar[str] = ""
+
+    target_modules: str | Sequence[str] | None = field(default=None, kw_only=True)
+    exclude_modules: str | Sequence[str] | None = field(default=None, kw_only=True)
+    layers_to_transform: int | Sequence[int] | None = field(default=None, kw_only=True)
+    seed: int = field(default=0, kw_only=True)
+
+    def place(self, model: nn.Module, calibration: Calibration | None) -> dict[str, Callable[[nn.Module], Delta]]:
+        """For each linear to tune, by name: what builds its delta once the linear is at hand."""
+        raise NotImplementedError(f"{type(self).__name__} must define place(model, calibration)")
+
+    def restore(self, module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Delta:
+        """Build the delta of ``module`` from an adapter file's ``tensors``."""
+        raise NotImplementedError(f"{type(self).__name__} must define restore(module, tensors, where)")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as JSON-able values."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        return {k: list(v) if isinstance(v, tuple | set) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Method:
+        """Inverse of :meth:`to_dict`; unknown keys raise TypeError with a did-you-mean."""
+        check_keys(cls, values)
+        return cls(**values)

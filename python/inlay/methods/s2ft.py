@@ -1,0 +1,159 @@
+"""S²FT: train a few attention heads and FFN channels of each block as dense submatrices.
+
+Source: Xinyu Yang et al., "S²FT: Efficient, Scalable and Generalizable LLM Fine-tuning by Structured Sparsity",
+NeurIPS 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from ..bases.linear import out_in_view
+from ..deltas import Delta, InPlaceSubmatrixDelta, SubmatrixDelta
+from ..select import activation_scores, expand_groups, gradient_scores, pick_groups, random_groups, weight_scores
+from ..targets import INPUT_SIDE_ROLES, resolve, role_of, suffix_match
+from .base import Calibration, Method
+from .heads import head_dim_of
+
+STRATEGIES = ("random", "weight", "activation", "product", "gradient")
+
+
+@dataclass
+class S2FT(Method):
+    """Train chosen input or output channels of the targeted linears; everything else stays frozen.
+
+    Attributes:
+        ratio: fraction of channels to train, in (0, 1]; or a dict ``{target suffix: fraction}``.
+        channels: exact number of channels per linear instead of ``ratio``; int or ``{target suffix: int}``.
+        target_modules: None means ``("o_proj", "down_proj")`` by the family's own names, the paper's best split.
+        side: ``"in"`` trains input channels ``ΔW[:, I]``, ``"out"`` output channels ``ΔW[O, :]``, ``"auto"`` takes
+            "in" for o_proj and down_proj and "out" for the rest; or ``{target suffix: side}``.
+        granularity: channels are chosen in aligned groups of this many; ``"auto"`` is whole heads (``head_dim``)
+            for attention linears and 1 elsewhere; or ``{target suffix: int}``.
+        strategy: "random" (default), "weight" (norm of the channel's weights), "activation" (mean size on
+            calibration data), "product" (weight times activation) or "gradient" (norm of its weight gradient).
+        select: take the "smallest" (the paper finds it slightly better) or the "largest" scores.
+        update: "additive" adds a separate fp32 ΔW, on any base; "in_place" is the paper's form, for dense bases.
+    """
+
+    peft_type: ClassVar[str] = "S2FT"
+
+    ratio: float | dict[str, float] = 0.03
+    channels: int | dict[str, int] | None = None
+    side: str | dict[str, str] = "auto"
+    granularity: int | str | dict[str, int] = "auto"
+    strategy: str = "random"
+    select: str = "smallest"
+    update: Literal["additive", "in_place"] = "additive"
+
+    def __post_init__(self) -> None:
+        _one_of("strategy", self.strategy, STRATEGIES)
+        _one_of("select", self.select, ("largest", "smallest"))
+        _one_of("update", self.update, ("additive", "in_place"))
+        for value in self.side.values() if isinstance(self.side, dict) else [self.side]:
+            _one_of("side", value, ("auto", "in", "out"))
+        for value in self.ratio.values() if isinstance(self.ratio, dict) else [self.ratio]:
+            if not 0 < value <= 1:
+                raise ValueError(f"ratio: wanted a fraction in (0, 1], got {value}; 0.03 trains 3% of the channels")
+
+    def place(self, model: nn.Module, calibration: Calibration | None) -> dict[str, Callable[[nn.Module], Delta]]:
+        names = resolve(
+            model,
+            self.target_modules,
+            exclude_modules=self.exclude_modules,
+            layers_to_transform=self.layers_to_transform,
+        )
+        chosen = self.choose(model, names, calibration)
+        return {name: partial(self._build, indices=chosen[name], where=name) for name in names}
+
+    def choose(self, model: nn.Module, names: list[str], calibration: Calibration | None) -> dict[str, Tensor]:
+        """The channels to train of each named linear, sorted int64."""
+        sides = {name: self.side_of(name) for name in names}
+        scores = self._scores(model, sides, calibration)
+        chosen = {}
+        for name in names:
+            total = _channels(model.get_submodule(name), sides[name])
+            size = self._granularity(model, name, total)
+            count = self._count(name, total, size)
+            if scores is None:
+                groups = random_groups(total // size, count, self.seed, name)
+            else:
+                groups = pick_groups(scores[name], size, count, self.select)
+            chosen[name] = expand_groups(groups, size)
+        return chosen
+
+    def side_of(self, name: str) -> str:
+        """Whether ``name`` trains input or output channels."""
+        side = _for_target(self.side, name, "side", "auto")
+        return side if side != "auto" else ("in" if role_of(name) in INPUT_SIDE_ROLES else "out")
+
+    def restore(self, module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Delta:
+        delta = self._build(module, indices=tensors["s2ft_indices"], where=where)
+        for name, tensor in tensors.items():
+            held = getattr(delta, name)
+            if held.shape != tensor.shape:
+                raise ValueError(f"{where}.{name}: wanted shape {tuple(held.shape)}, got {tuple(tensor.shape)}")
+            held.data.copy_(tensor)
+        return delta
+
+    def _build(self, module: nn.Module, *, indices: Tensor, where: str) -> Delta:
+        delta = InPlaceSubmatrixDelta if self.update == "in_place" else SubmatrixDelta
+        return delta(out_in_view(module), indices, self.side_of(where), where)
+
+    def _scores(
+        self, model: nn.Module, sides: Mapping[str, str], calibration: Calibration | None
+    ) -> dict[str, Tensor] | None:
+        if self.strategy == "random":
+            return None
+        if self.strategy == "gradient":
+            return gradient_scores(model, sides, calibration or ())
+        activation = activation_scores(model, sides, calibration or ()) if self.strategy != "weight" else {}
+        scores = {}
+        for name, side in sides.items():
+            by_weight = weight_scores(out_in_view(model.get_submodule(name)), side) if self.strategy != "activation" else 1.0
+            scores[name] = by_weight * activation.get(name, 1.0)
+        return scores
+
+    def _granularity(self, model: nn.Module, name: str, total: int) -> int:
+        size = _for_target(self.granularity, name, "granularity", "auto")
+        if size == "auto":
+            size = head_dim_of(model, name, total) or 1
+        if not isinstance(size, int) or size < 1 or total % size:
+            raise ValueError(f"{name}: granularity must divide its {total} channels, got {size}")
+        return size
+
+    def _count(self, name: str, total: int, size: int) -> int:
+        """How many groups of ``size`` channels to take."""
+        if self.channels is None:
+            ratio = _for_target(self.ratio, name, "ratio", None)
+            return max(1, round(ratio * (total // size)))
+        channels = _for_target(self.channels, name, "channels", None)
+        if not 0 < channels <= total or channels % size:
+            raise ValueError(f"{name}: channels must be a multiple of {size} in [{size}, {total}], got {channels}")
+        return channels // size
+
+
+def _one_of(option: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{option}: wanted one of {allowed}, got {value!r}")
+
+
+def _for_target(option: Any, name: str, what: str, default: Any) -> Any:
+    """``option`` itself, or its entry whose suffix (or role) matches ``name``."""
+    if not isinstance(option, dict):
+        return option
+    for suffix, value in option.items():
+        if suffix_match(name, suffix) or role_of(name) == suffix:
+            return value
+    if default is None:
+        raise ValueError(f"{what}={option} says nothing for {name}; add an entry for its suffix")
+    return default
+
+
+def _channels(module: nn.Module, side: str) -> int:
+    return out_in_view(module).shape[1 if side == "in" else 0]

@@ -1,0 +1,188 @@
+"""What a tuned model is: the same object and class, plus adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .methods import Method
+from .nn.head import remove_head
+from .nn.mixed import Mixed, mix, unmix
+from .nn.partial import install_partial_backprop
+from .nn.tuned_linear import TunedLinear
+
+STATE_ATTRIBUTE = "inlay_state"
+_SAMPLED_WEIGHTS, _SAMPLED_VALUES = 4, 16
+
+
+@dataclass
+class TuneState:
+    """What ``tune`` did to a model and must be able to undo.
+
+    Attributes:
+        methods: adapters by name, with the config each was made from.
+        active: names of the adapters that are on, in order.
+        base_sample: a few values of some tuned base weights, to recognise the base again at load.
+        handles: hooks installed on the model; each has ``remove()``.
+    """
+
+    methods: dict[str, Method] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    base_sample: dict[str, list[float]] = field(default_factory=dict)
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: nn.Module, names: list[str]) -> TuneState:
+        """The state of a model about to be tuned at ``names``."""
+        return cls(base_sample=sample_weights(model, names))
+
+
+def state_of(model: nn.Module) -> TuneState | None:
+    """The tune state of ``model``, or None if it is not tuned."""
+    return getattr(model, STATE_ATTRIBUTE, None)
+
+
+def require_state(model: nn.Module, what: str) -> TuneState:
+    """The tune state, or TypeError saying that ``what`` wants a tuned model."""
+    state = state_of(model)
+    if state is None:
+        raise TypeError(f"{what}: wanted a model from inlay.tune or inlay.load, got a plain {type(model).__name__}")
+    return state
+
+
+def tuned_linears(model: nn.Module) -> dict[str, TunedLinear]:
+    """Every TunedLinear by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, TunedLinear)}
+
+
+def sample_weights(model: nn.Module, names: list[str], every: bool = False) -> dict[str, list[float]]:
+    """Some evenly spaced values of a few (or all) of the named weights, in fp32."""
+    step = 1 if every else max(1, len(names) // _SAMPLED_WEIGHTS)
+    sample = {}
+    for name in names[::step][: None if every else _SAMPLED_WEIGHTS]:
+        weight = model.get_submodule(name).weight
+        if weight.device.type == "meta":
+            continue
+        flat = weight.detach().reshape(-1)
+        positions = torch.arange(_SAMPLED_VALUES, device=flat.device) * max(1, flat.numel() // _SAMPLED_VALUES)
+        sample[name] = flat[positions.clamp(max=flat.numel() - 1)].float().tolist()
+    return sample
+
+
+class TunedModel(Mixed):
+    """Methods a tuned model gains. ``tune`` mixes this into the model's own class."""
+
+    def print_trainable_parameters(self) -> None:
+        """Print trainable and total parameter counts, PEFT's line."""
+        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.parameters())
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    def save_pretrained(
+        self, save_directory: str, is_main_process: bool = True, state_dict: dict[str, Tensor] | None = None, **kwargs
+    ) -> None:
+        """Write the active adapter to ``save_directory``; see :func:`inlay.adapters.save_adapter`."""
+        from .adapters.save import save_adapter
+
+        if is_main_process:
+            save_adapter(self, save_directory, state_dict=state_dict)
+
+    def set_adapter(self, adapter_name: str | list[str]) -> None:
+        """Make these adapters the active, trainable ones; the others stay loaded, frozen."""
+        state = require_state(self, "set_adapter")
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        for name in names:
+            if name not in state.methods:
+                raise ValueError(f"no adapter {name!r}; there are {sorted(state.methods)}")
+        state.active = names
+        for module in tuned_linears(self).values():
+            module.active = names
+            for name, delta in module.deltas.items():
+                delta.requires_grad_(name in names)
+            module.sync()
+        install_partial_backprop(self)
+
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return list(require_state(self, "active_adapters").active)
+
+    def disable_adapters(self) -> None:
+        """Behave as the base model until :meth:`enable_adapters` or :meth:`set_adapter`."""
+        for module in tuned_linears(self).values():
+            module.active = ()
+            module.sync()
+
+    def enable_adapters(self) -> None:
+        """Undo :meth:`disable_adapters`."""
+        for module in tuned_linears(self).values():
+            module.active = require_state(self, "enable_adapters").active
+            module.sync()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter that is not active."""
+        state = require_state(self, "delete_adapter")
+        if adapter_name in state.active:
+            raise ValueError(f"adapter {adapter_name!r} is active; set_adapter another one first")
+        if state.methods.pop(adapter_name, None) is None:
+            raise ValueError(f"no adapter {adapter_name!r}; there are {sorted(state.methods)}")
+        for module in tuned_linears(self).values():
+            if adapter_name in module.deltas:
+                del module.deltas[adapter_name]
+
+    def load_adapter(self, directory: str, adapter_name: str = "default", **kwargs) -> None:
+        """Add the adapter in ``directory`` under ``adapter_name``; see :func:`inlay.load`."""
+        from .adapters.load import load
+
+        load(self, directory, name=adapter_name, **kwargs)
+
+
+def make_tuned(model: nn.Module, state: TuneState) -> nn.Module:
+    """Give ``model`` its tune state and the methods of :class:`TunedModel`."""
+    if state_of(model) is None:
+        setattr(model, STATE_ATTRIBUTE, state)
+        mix(model, TunedModel)
+        handle = model.register_load_state_dict_post_hook(_check_loaded_keys)
+        state.handles.append(handle)
+    return model
+
+
+def make_plain(model: nn.Module) -> nn.Module:
+    """Undo :func:`make_tuned` and every mixin on a submodule."""
+    state = require_state(model, "make_plain")
+    for handle in state.handles:
+        handle.remove()
+    remove_head(model)
+    for module in model.modules():
+        unmix(module)
+    return model
+
+
+def _check_loaded_keys(model: nn.Module, incompatible: Any) -> None:
+    """A checkpoint of a tuned model holds its trainables only: frozen keys are not missing, trainables must not be."""
+    trainable = {key for key in incompatible.missing_keys if ".deltas." in key}
+    if trainable:
+        raise RuntimeError(
+            f"the checkpoint lacks trained tensors of this model, first {sorted(trainable)[0]!r}; it was made with "
+            "another method or other targets: tune the model as it was tuned then, or inlay.load the adapter"
+        )
+    incompatible.missing_keys.clear()
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within this context ``model`` behaves as its base model."""
+    require_state(model, "disabled")
+    before = {module: module.active for module in tuned_linears(model).values()}
+    model.disable_adapters()
+    try:
+        yield model
+    finally:
+        for module, active in before.items():
+            module.active = active
+            module.sync()

@@ -1,0 +1,1 @@
+"""TunedLinear, and the fused blocks that partial backpropagation needs."""

@@ -1,0 +1,108 @@
+"""Fused blocks: RMS norms and gated MLPs that keep for backward only what cannot be rebuilt.
+
+    RMSNorm    keeps x and rstd [M]             instead of two fp32 copies of x
+    gated MLP  keeps gate and up                instead of gate, act(gate), up and their product
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.rms_norm import rms_norm
+from ..ops.swiglu import swiglu
+from .mixed import Mixed, mix
+from .probe import generator, same, shallow
+from .tuned_linear import TunedLinear
+
+
+class FusedRMSNorm(Mixed):
+    """Mixin of a norm that computes ``x / rms(x) * (offset + weight)``."""
+
+    inlay_eps: float
+    inlay_offset: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.inlay_eps, self.inlay_offset)
+
+
+class FusedGatedMLP(Mixed):
+    """Mixin of an MLP that computes ``down(act(gate(x)) * up(x))``."""
+
+    inlay_act: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if isinstance(self.down_proj, TunedLinear):
+            return self.down_proj.forward_gated(gate, up, self.inlay_act)
+        return self.down_proj(swiglu(gate, up, self.inlay_act))
+
+
+def norm_settings(module: nn.Module) -> dict[str, float] | None:
+    """``inlay_eps`` and ``inlay_offset`` of an RMS norm, or None if ``module`` is none."""
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not isinstance(eps, float):
+        return None
+    if set(module._parameters) != {"weight"} or module._modules or getattr(module, "bias", None) is not None:
+        return None
+    width, random = weight.shape[0], generator()
+    twin = shallow(module, {}, {"weight": torch.randn(width, generator=random)})
+    x = torch.randn(3, width, generator=random) * 3e-3  # small, so that a wrong eps shows
+    for offset in (0.0, 1.0):
+        if same(lambda: twin(x), lambda offset=offset: rms_norm(x, twin.weight, eps, offset)):
+            return {"inlay_eps": eps, "inlay_offset": offset}
+    return None
+
+
+def mlp_settings(module: nn.Module) -> dict[str, str] | None:
+    """``inlay_act`` of a gated MLP, or None if ``module`` is none."""
+    if not all(isinstance(getattr(module, name, None), nn.Linear) for name in ("gate_proj", "up_proj", "down_proj")):
+        return None
+    random, small = generator(), {}
+    for name, (rows, columns) in {"gate_proj": (12, 8), "up_proj": (12, 8), "down_proj": (8, 12)}.items():
+        small[name] = nn.Linear(columns, rows)
+        small[name].weight.data = torch.randn(rows, columns, generator=random)
+        small[name].bias.data = torch.randn(rows, generator=random)
+    twin = shallow(module, small, {})
+    x = torch.randn(5, 8, generator=random)
+    for act in ("silu", "gelu_tanh", "gelu"):
+        if same(lambda: twin(x), lambda act=act: twin.down_proj(swiglu(twin.gate_proj(x), twin.up_proj(x), act))):
+            return {"inlay_act": act}
+    return None
+
+
+#: Each mixin with what proves that a module may have it.
+FUSIONS: tuple[tuple[type, Callable[[nn.Module], dict | None]], ...] = (
+    (FusedRMSNorm, norm_settings),
+    (FusedGatedMLP, mlp_settings),
+)
+
+
+def install_blocks(model: nn.Module) -> dict[str, int]:
+    """Fuse every module of ``model`` that is proven to compute what a fused block computes; how many of each."""
+    proven: dict[tuple, dict | None] = {}
+    counts: dict[str, int] = {}
+    for module in list(model.modules()):
+        if isinstance(module, Mixed):
+            continue
+        for mixin, settings_of in FUSIONS:
+            key = (mixin, type(module), _signature(module))
+            if key not in proven:
+                proven[key] = settings_of(module)
+            if proven[key] is not None:
+                mix(module, mixin)
+                for name, value in proven[key].items():
+                    setattr(module, name, value)
+                counts[mixin.__name__] = counts.get(mixin.__name__, 0) + 1
+                break
+    return counts
+
+
+def _signature(module: nn.Module) -> tuple:
+    """What tells two modules of one class apart: plain attributes, children's classes, whether it is training."""
+    plain = {k: v for k, v in module.__dict__.items() if isinstance(v, bool | int | float | str)}
+    plain.pop("layer_idx", None)
+    return tuple(sorted(plain.items())), tuple((n, type(m)) for n, m in module.named_children())

@@ -1,0 +1,61 @@
+"""Keep the backward from running below the earliest trained block.
+
+Without gradient checkpointing autograd does this alone: nothing below the first trainable requires a gradient. With it,
+transformers makes the embeddings' output require one (``enable_input_require_grads``), and the whole model is recorded.
+A mixin on the first trained block detaches its input there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .mixed import Mixed, mix, unmix
+
+
+def block_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The outermost ``nn.ModuleList``s by name: the stacks of blocks of a transformer."""
+    stacks: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in stacks):
+            stacks[name] = module
+    return stacks
+
+
+def first_trained_block(model: nn.Module) -> nn.Module | None:
+    """The first block that holds a trainable, if everything trained before the head is in one stack; else None."""
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    for name, stack in block_stacks(model).items():
+        inside = [n for n in trained if n.startswith(f"{name}.")]
+        if not inside:
+            continue
+        if len(inside) != len(trained):  # something outside trains too, perhaps below: leave autograd alone
+            return None
+        return stack[min(int(n[len(name) + 1 :].split(".")[0]) for n in inside)]
+    return None
+
+
+class StopsBackprop(Mixed):
+    """Mixin of the first trained block. Overrides ``__call__``, not ``forward``: transformers checkpoints a block in
+    its ``__call__``, and the input must be detached before the checkpoint sees it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(hidden, Tensor) and hidden.requires_grad and torch.is_grad_enabled():
+            hidden = hidden.detach()
+            if getattr(self, "gradient_checkpointing", False) and self.training:
+                hidden.requires_grad_(True)  # reentrant checkpointing records nothing without it
+            args, kwargs = ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+        return super().__call__(*args, **kwargs)
+
+
+def install_partial_backprop(model: nn.Module) -> None:
+    """(Re)place the mixin that stops backpropagation on the first trained block of ``model``."""
+    for module in model.modules():
+        if isinstance(module, StopsBackprop):
+            unmix(module)
+    block = first_trained_block(model)
+    if block is not None:
+        mix(block, StopsBackprop)

@@ -1,0 +1,116 @@
+"""TunedLinear: one frozen base and the named deltas on it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..bases.linear import base_linear, base_of, is_conv1d
+from ..deltas import Delta
+from ..ops.swiglu import swiglu
+
+
+class TunedLinear(nn.Linear):
+    """A linear with a frozen base weight and trainable deltas; an ``nn.Linear``, so that "all-linear" finds it.
+
+    On a dense base ``weight`` and ``bias`` are the original frozen Parameters under their original keys, in their
+    original layout (``[in, out]`` where the wrapped module was a Conv1D). Deltas live under ``deltas.<adapter>``.
+
+    Args:
+        module: the ``nn.Linear`` or transformers ``Conv1D`` to wrap. It is not changed, and comes back on merge.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's: the weights exist already
+        weight = module.weight
+        self.base = base_of(module)
+        out_features, in_features = weight.shape[::-1] if is_conv1d(module) else weight.shape
+        self.in_features, self.out_features = int(in_features), int(out_features)
+        if is_conv1d(module):
+            self.nf, self.nx = module.nf, module.nx
+        self.weight = weight
+        self.register_parameter("bias", module.bias)
+        self.deltas = nn.ModuleDict()
+        self.active: tuple[str, ...] = ()
+        self.plain_holder = (module,)  # a tuple, so that it is not a submodule and adds no state-dict keys
+        self.training = module.training
+
+    @property
+    def weight_view(self) -> Tensor:
+        """The dense base weight as ``[out, in]``, a view."""
+        weight = self.weight.detach()
+        return weight.t() if is_conv1d(self.plain_holder[0]) else weight
+
+    def add_delta(self, name: str, delta: Delta) -> None:
+        """Add ``delta`` as adapter ``name``.
+
+        Raises:
+            ValueError: the name is taken, or a second delta would share the base with an in-place one.
+        """
+        if name in self.deltas:
+            raise ValueError(f"adapter {name!r} exists already on this linear; choose another adapter_name")
+        if self.deltas and (delta.in_place or any(d.in_place for d in self.deltas.values())):
+            raise ValueError(
+                'wanted one adapter on a base tuned with update="in_place", got a second; '
+                'use update="additive" where several adapters share a base'
+            )
+        self.deltas[name] = delta
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = self.active_deltas()
+        if len(active) == 1:
+            return active[0].linear(x, self.base, self.weight, self.bias)
+        if not active:
+            self.restore_base()
+        y = base_linear(x, self.base, self.weight, self.bias)
+        for delta in active:
+            y = delta.add_to(y, x)
+        return y
+
+    def forward_gated(self, gate: Tensor, up: Tensor, act: str) -> Tensor:
+        """``self(act(gate) * up)`` for a down projection: a delta that can rebuild its input saves none of it."""
+        active = self.active_deltas()
+        if len(active) == 1:
+            return active[0].gated_linear(gate, up, act, self.base, self.weight, self.bias)
+        return self(swiglu(gate, up, act))
+
+    def active_deltas(self) -> list[Delta]:
+        """The deltas a forward applies, in the order they were activated."""
+        return [self.deltas[name] for name in self.active if name in self.deltas]
+
+    def restore_base(self) -> None:
+        """Give the base weight its original values where an in-place delta had written its own."""
+        for delta in self.deltas.values():
+            if delta.in_place:
+                delta.restore(self.weight_view)
+
+    def sync(self) -> None:
+        """Make ``weight`` what a forward would use now (only in-place deltas change it)."""
+        active = self.active_deltas()
+        in_place = [d for d in active if d.in_place]
+        if in_place:
+            in_place[0].write(self.weight_view)
+        else:
+            self.restore_base()
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """Base plus the active deltas, in the dtype and layout of ``weight``."""
+        self.restore_base()
+        merged = self.weight_view
+        for delta in self.active_deltas():
+            merged = delta.merge_into(merged)
+        if is_conv1d(self.plain_holder[0]):
+            merged = merged.t()
+        return merged.contiguous()
+
+    def to_plain(self) -> nn.Module:
+        """The module this one wrapped, holding the merged weight."""
+        plain = self.plain_holder[0]
+        plain.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
+        plain.train(self.training)
+        return plain
+
+    def extra_repr(self) -> str:
+        layout = "Conv1D" if is_conv1d(self.plain_holder[0]) else "Linear"
+        return f"{layout}, in={self.in_features}, out={self.out_features}, active={list(self.active)}"

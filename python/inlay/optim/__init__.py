@@ -1,0 +1,5 @@
+"""Optimizers."""
+
+from .adamw import AdamW
+
+__all__ = ["AdamW"]

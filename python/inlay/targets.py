@@ -1,0 +1,137 @@
+"""Which linears a method tunes: names, regular expressions, "all-linear", and each family's own names.
+
+Conventions are PEFT's: a list entry matches a module whose name equals it or ends with ``"." + entry``; a string is a
+regular expression matched against the whole name; ``"all-linear"`` is every linear but the output head.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from .bases.linear import is_conv1d
+
+#: What other families call a Llama block's linears, as name suffixes. ``attention.output.dense`` must not be taken
+#: for the FFN's ``output.dense``, hence the regular expressions.
+ROLE_PATTERNS: dict[str, str] = {
+    "o_proj": r"(?:.*\.)?(?:o_proj|out_proj|attn\.c_proj|attention\.output\.dense|SelfAttention\.o|EncDecAttention\.o)",
+    "down_proj": r"(?:.*\.)?(?:down_proj|mlp\.c_proj|fc2|DenseReluDense\.wo|(?<!attention\.)output\.dense)",
+}
+
+#: Roles whose input channels are the structures S²FT selects; every other linear is tuned by output channels.
+INPUT_SIDE_ROLES = ("o_proj", "down_proj")
+
+_LAYER_INDEX = re.compile(r"\.(\d+)\.")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True for ``nn.Linear`` and its subclasses, and transformers' Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def role_of(name: str) -> str | None:
+    """"o_proj" or "down_proj" if the module plays that role in its family, else None."""
+    for role, pattern in ROLE_PATTERNS.items():
+        if re.fullmatch(pattern, name):
+            return role
+    return None
+
+
+def layer_index(name: str) -> int | None:
+    """The first number in a dotted module name: the index of its block."""
+    found = _LAYER_INDEX.search(f".{name}.")
+    return int(found.group(1)) if found else None
+
+
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear of ``model`` by name, in module order; a module reachable by two names appears under the first."""
+    return {name: module for name, module in model.named_modules() if name and is_linear(module)}
+
+
+def output_head_names(model: nn.Module) -> set[str]:
+    """Names of the output embedding, which "all-linear" leaves out (as PEFT does)."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    return {name for name, module in model.named_modules() if head is not None and module is head}
+
+
+def resolve(
+    model: nn.Module,
+    target_modules: str | Sequence[str] | None,
+    *,
+    defaults: Sequence[str] = INPUT_SIDE_ROLES,
+    exclude_modules: str | Sequence[str] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
+) -> list[str]:
+    """Names of the linears that ``target_modules`` means, in module order.
+
+    Raises:
+        ValueError: an explicit target matches no linear; or no default does; or exclusion leaves none.
+    """
+    candidates = linears(model)
+    if target_modules is None:
+        names = [name for name in candidates if role_of(name) in defaults]
+        wanted = f"the defaults {tuple(defaults)}"
+    elif target_modules == "all-linear":
+        heads = output_head_names(model)
+        names = [name for name in candidates if name not in heads]
+        wanted = '"all-linear"'
+    elif isinstance(target_modules, str):
+        names = [name for name in candidates if re.fullmatch(target_modules, name)]
+        wanted = f"the pattern {target_modules!r}"
+    else:
+        names = _match_list(candidates, target_modules)
+        wanted = f"target_modules={list(target_modules)}"
+    if not names:
+        raise ValueError(f"{wanted} matched no linear of this {type(model).__name__}; {_what_exists(candidates)}")
+    kept = [n for n in names if not _excluded(n, exclude_modules) and _in_layers(n, layers_to_transform)]
+    if not kept:
+        raise ValueError(
+            f"{wanted} matched {len(names)} linears, but exclude_modules={exclude_modules} and "
+            f"layers_to_transform={layers_to_transform} left none; loosen one of them"
+        )
+    return kept
+
+
+def suffix_match(name: str, entry: str) -> bool:
+    """PEFT's rule for a list entry: the whole name, or its end after a dot."""
+    return name == entry or name.endswith("." + entry)
+
+
+def _match_list(candidates: Iterable[str], entries: Sequence[str]) -> list[str]:
+    """Names matched by any entry. Entries named as a role also match the family's own name for that role."""
+    names = list(candidates)
+    matched: dict[str, None] = {}
+    for entry in entries:
+        hits = [n for n in names if suffix_match(n, entry)]
+        if not hits and entry in ROLE_PATTERNS:
+            hits = [n for n in names if role_of(n) == entry]
+        if not hits:
+            raise ValueError(f"target {entry!r} matched no linear; {_what_exists(names, entry)}")
+        matched.update(dict.fromkeys(hits))
+    return [n for n in names if n in matched]
+
+
+def _what_exists(names: Iterable[str], near: str | None = None) -> str:
+    """A sentence listing the distinct last parts of the names there are, with a did-you-mean."""
+    leaves = sorted({".".join(n.split(".")[-1:]) for n in names})
+    hint = difflib.get_close_matches(near, leaves, n=1) if near else []
+    mean = f"did you mean {hint[0]!r}? " if hint else ""
+    return f"{mean}linears here end in {leaves or 'nothing: there is no nn.Linear or Conv1D'}"
+
+
+def _excluded(name: str, exclude: str | Sequence[str] | None) -> bool:
+    if exclude is None:
+        return False
+    if isinstance(exclude, str):
+        return re.fullmatch(exclude, name) is not None
+    return any(suffix_match(name, entry) for entry in exclude)
+
+
+def _in_layers(name: str, layers: int | Sequence[int] | None) -> bool:
+    if layers is None:
+        return True
+    return layer_index(name) in ([layers] if isinstance(layers, int) else layers)

@@ -1,0 +1,144 @@
+"""``tune``: the front door. Turns a model into one whose chosen linears carry trainable deltas."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .deltas import Delta
+from .methods import Calibration, Method
+from .model import TuneState, make_tuned, state_of
+from .nn.blocks import install_blocks
+from .nn.head import install_head
+from .nn.tuned_linear import TunedLinear
+
+DEFAULT_ADAPTER = "default"
+
+
+def tune(
+    model: nn.Module,
+    method: Method,
+    *,
+    adapter_name: str = DEFAULT_ADAPTER,
+    calibration: Calibration | None = None,
+    fused_blocks: bool = True,
+    fused_loss: bool = True,
+) -> nn.Module:
+    """Freeze ``model`` and give the linears ``method`` targets a trainable delta. No logit changes before training.
+
+    Changes ``model`` in place and returns the same object, which keeps its class and so works in any trainer, and
+    gains ``print_trainable_parameters``, an adapter-only ``save_pretrained``, ``set_adapter`` and the like.
+
+    Args:
+        model: any module with ``nn.Linear`` or transformers ``Conv1D`` submodules, weights loaded, dense.
+        method: what to train, e.g. ``inlay.S2FT(ratio=0.03)``.
+        adapter_name: name of the new adapter, which becomes the active one.
+        calibration: batches of forward arguments, for methods that select by activation or gradient.
+        fused_blocks: replace norms, gated MLPs and attention by the fused modules that partial backpropagation
+            needs, where they are proven to compute the same. False leaves every other module as it is.
+        fused_loss: compute the causal-LM loss without keeping logits, where it is proven to be the model's loss.
+            In training mode ``outputs.logits`` is then not available; False brings it back.
+
+    Raises:
+        TypeError: ``method`` is not a method config.
+        ValueError: a target matches nothing, cannot be tuned, is shared or tied, or is tuned already.
+    """
+    if not isinstance(method, Method):
+        raise TypeError(f"method: wanted a config such as inlay.S2FT(ratio=0.03), got {type(method).__name__}")
+    state = state_of(model)
+    if state is not None and adapter_name in state.methods:
+        raise ValueError(
+            f"this model is tuned already with an adapter {adapter_name!r}; pass another adapter_name, "
+            "or inlay.merge it first"
+        )
+    builders = method.place(model, calibration)
+    for name in builders:
+        check_tunable(model, name)
+    deltas = {name: build(model.get_submodule(name)) for name, build in builders.items()}
+    return attach(model, method, deltas, adapter_name, fused_blocks=fused_blocks, fused_loss=fused_loss)
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    deltas: dict[str, Delta],
+    adapter_name: str,
+    *,
+    fused_blocks: bool = True,
+    fused_loss: bool = True,
+) -> nn.Module:
+    """Put built ``deltas`` on the linears they are named for; the part ``tune`` and ``load`` share."""
+    state = state_of(model)
+    if state is None:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        state = TuneState.of(model, list(deltas))
+    wrapped = {name: _wrap(model, name) for name in deltas}
+    for name, delta in deltas.items():
+        wrapped[name].add_delta(adapter_name, delta)
+    state.methods[adapter_name] = method
+    tuned = make_tuned(model, state)
+    if fused_blocks:
+        install_blocks(tuned)
+    if fused_loss:
+        install_head(tuned)
+    tuned.set_adapter(adapter_name)
+    return tuned
+
+
+def check_tunable(model: nn.Module, name: str) -> None:
+    """Raise ValueError if a delta on the linear ``name`` would do nothing or something wrong."""
+    module = model.get_submodule(name)
+    if isinstance(module, TunedLinear):
+        return
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+        raise ValueError(f"{name}: wanted a dense [out, in] weight, got {type(module).__name__} without one")
+    if weight.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device: load its weights before tune")
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"{name}: wanted a floating-point weight, got {weight.dtype} ({type(module).__name__}); "
+            "this base was quantized by another library: load the dense model"
+        )
+    if type(module).__module__.split(".")[0] not in ("torch", "transformers") and type(module) is not nn.Linear:
+        raise ValueError(f"{name}: {type(module).__name__} may not compute x·Wᵀ; tune plain nn.Linear or Conv1D")
+    _check_parent(model, name)
+    _check_shared(model, name, module)
+
+
+def _check_parent(model: nn.Module, name: str) -> None:
+    """Some torch modules read their linears' ``.weight`` themselves, bypassing forward: a delta would do nothing."""
+    parts = name.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        parent = model.get_submodule(".".join(parts[:depth])) if depth else model
+        if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+            raise ValueError(
+                f"{name} belongs to a {type(parent).__name__}, which reads its weights without calling it, so that a "
+                "delta there would have no effect; add it to exclude_modules"
+            )
+
+
+def _check_shared(model: nn.Module, name: str, module: nn.Module) -> None:
+    """A merge into a weight that something else reads too would change both."""
+    others = [
+        f"{other}.{key}"
+        for other, holder in model.named_modules(remove_duplicate=False)
+        for key, parameter in holder.named_parameters(recurse=False, remove_duplicate=False)
+        if parameter is module.weight and other != name
+    ]
+    if others:
+        raise ValueError(
+            f"{name}.weight is shared with {others[0]} (tied weights or a module used twice): tuning one would tune "
+            "both on merge; untie them or add it to exclude_modules"
+        )
+
+
+def _wrap(model: nn.Module, name: str) -> TunedLinear:
+    module = model.get_submodule(name)
+    if isinstance(module, TunedLinear):
+        return module
+    tuned = TunedLinear(module)
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent) if parent else model, leaf, tuned)
+    return tuned
