@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 
@@ -38,10 +39,8 @@ class PeakMemory:
 
 def _return_free_memory() -> None:
     # Freed pages that glibc still holds would hide the first allocations of what is measured.
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):  # not glibc
-        pass
 
 
 def _reset_high_water_mark() -> bool:

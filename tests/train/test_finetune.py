@@ -1,0 +1,114 @@
+import json
+
+import pytest
+import torch
+from toys import CHATML, build_model, build_tokenizer
+
+import inlay
+from inlay.data import prepare
+from inlay.train import finetune
+
+WORDS = ["cat", "mat", "hello", "there", "sat", "user", "system", "answer", "the", "on"]
+RECORDS = [{"prompt": f"{word}:", "completion": f" {word[::-1]}"} for word in WORDS]
+METHOD = inlay.S2FT(ratio=0.25)
+QUICK = {"per_device_train_batch_size": 5, "max_steps": 4, "learning_rate": 1e-2, "disable_tqdm": True}
+
+
+def tuned():
+    return inlay.tune(build_model(), METHOD)
+
+
+def trainables(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_trains_measures_and_prints(capsys):
+    model = tuned()
+    before = model.state_dict()
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    result = finetune(model, build_tokenizer(), RECORDS, **(QUICK | {"max_steps": 20, "learning_rate": 0.1}))
+    assert len(result.losses) == result.steps == 20 and result.losses[-1] < result.losses[0] - 0.2
+    assert result.tokens_per_second > 0 and 0 < result.padding_fraction < 1 and result.output_dir is None
+    assert result.peak_memory_bytes is None or result.peak_memory_bytes >= 0
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(frozen[name], p) for name, p in model.named_parameters() if name in frozen)
+    out = capsys.readouterr().out
+    assert "cat:[[  tac<|im_end|> ]]" in out and "loss on completions only" in out
+    assert "trainable params:" in out and "tokens/s" in out and "padding" in out
+
+
+def test_padding_and_tokens_are_counted_exactly():
+    tokenizer = build_tokenizer()
+    data = prepare(RECORDS, tokenizer)
+    result = finetune(tuned(), tokenizer, data, per_device_train_batch_size=10, max_steps=1, disable_tqdm=True)
+    lengths = [len(sample["input_ids"]) for sample in data.samples]
+    assert 8 < max(lengths) <= 16  # one batch of 10 x 16
+    assert result.padding_fraction == pytest.approx(1 - sum(lengths) / 160)
+    assert result.tokens_per_second * result.seconds == pytest.approx(sum(lengths))
+
+
+def test_a_method_tunes_a_plain_model():
+    model = build_model()
+    finetune(model, build_tokenizer(), RECORDS, method=METHOD, **(QUICK | {"max_steps": 1}))
+    assert trainables(model)
+
+
+def test_eval_data_is_evaluated():
+    quick = QUICK | {"max_steps": 2}
+    tokenizer = build_tokenizer()
+    once = finetune(tuned(), tokenizer, RECORDS[:5], eval_data=RECORDS[5:], **quick)
+    assert list(once.eval_losses) == [2]
+    each = finetune(tuned(), tokenizer, RECORDS[:5], eval_data=RECORDS[5:], eval_strategy="steps", eval_steps=1, **quick)
+    assert list(each.eval_losses) == [1, 2] and each.eval_losses[2] == pytest.approx(once.eval_losses[2])
+
+
+def test_micro_batches_equal_one_batch():
+    # Samples of different length: a mean of means would differ.
+    whole, parts = tuned(), tuned()
+    one = finetune(whole, build_tokenizer(), RECORDS, **(QUICK | {"per_device_train_batch_size": 10}))
+    accumulated = QUICK | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 5}
+    many = finetune(parts, build_tokenizer(), RECORDS, **accumulated)
+    assert one.losses == pytest.approx(many.losses, abs=1e-4)
+    for (name, a), b in zip(trainables(whole).items(), trainables(parts).values(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_resume_gives_identical_results(tmp_path):
+    options = QUICK | {"max_steps": 6, "save_steps": 3, "save_strategy": "steps"}
+    straight = tuned()
+    whole = finetune(straight, build_tokenizer(), RECORDS, output_dir=str(tmp_path / "a"), **options)
+    resumed = tuned()
+    checkpoint = str(tmp_path / "a" / "checkpoint-3")
+    rest = finetune(
+        resumed, build_tokenizer(), RECORDS, output_dir=str(tmp_path / "b"), resume_from_checkpoint=checkpoint, **options
+    )
+    assert rest.losses == whole.losses[3:]
+    for (name, a), b in zip(trainables(straight).items(), trainables(resumed).values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_the_output_dir_holds_the_adapter_and_the_record_of_the_run(tmp_path):
+    model, tokenizer = tuned(), build_tokenizer()
+    result = finetune(model, tokenizer, RECORDS, output_dir=str(tmp_path), save_strategy="no", **QUICK)
+    assert result.output_dir == str(tmp_path)
+    loaded = inlay.load(build_model(), str(tmp_path))
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(loaded.eval()(ids).logits, model.eval()(ids).logits)
+    record = json.loads((tmp_path / "inlay_run.json").read_text())
+    assert record["arguments"]["learning_rate"] == 1e-2 and record["data"]["records"] == 10
+    assert record["result"]["losses"] == result.losses and len(record["data_sha256"]) == 64
+
+
+def test_length_grouping_puts_the_longest_sample_first():
+    seen = []
+    model = tuned()
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    records = [*RECORDS, {"prompt": "the mat " * 9, "completion": "sat"}]
+    finetune(model, build_tokenizer(), records, train_sampling_strategy="group_by_length", **QUICK)
+    assert seen[0] == max(seen) > seen[1]
+
+
+def test_messages_are_trained_through_the_chat_template(capsys):
+    turns = [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "tac"}]
+    finetune(tuned(), build_tokenizer(CHATML), [{"messages": turns}] * 5, **(QUICK | {"max_steps": 1}))
+    assert "<|im_start|>assistant\n[[ tac<|im_end|> ]]" in capsys.readouterr().out
