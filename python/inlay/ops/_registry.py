@@ -119,7 +119,14 @@ def fail(op: str, argument: str, wanted: str, got: object, do: str, kind: type[E
 def check_same(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor, shape: bool = False) -> None:
     """`tensor` must share dtype and device (and shape, if asked) with `like`."""
     if tensor.dtype != like.dtype:
-        fail(op, name, f"{like.dtype} as {like_name}", tensor.dtype, f"cast one of them with .to({like.dtype})", TypeError)
+        fail(
+            op,
+            name,
+            f"{like.dtype} as {like_name}",
+            tensor.dtype,
+            f"cast one of them with .to({like.dtype})",
+            TypeError,
+        )
     check_device(op, name, tensor, like_name, like)
     if shape and tensor.shape != like.shape:
         fail(op, name, f"shape {tuple(like.shape)} as {like_name}", tuple(tensor.shape), "pass equal shapes")
@@ -138,7 +145,9 @@ def check_floating(op: str, name: str, tensor: Tensor) -> None:
 def check_indices(op: str, indices: Tensor, like: Tensor) -> None:
     if indices.dtype != torch.int64 or indices.dim() != 1:
         got = f"{indices.dtype} with {indices.dim()} dimensions"
-        fail(op, "indices", "int64 with 1 dimension", got, "pass sorted unique channel numbers as torch.int64", TypeError)
+        fail(
+            op, "indices", "int64 with 1 dimension", got, "pass sorted unique channel numbers as torch.int64", TypeError
+        )
     check_device(op, "indices", indices, "the activations", like)
 
 

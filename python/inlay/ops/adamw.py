@@ -28,9 +28,13 @@ def _check(lists: tuple[list[Tensor], ...], step: int) -> None:
     for tensors in zip(*lists, strict=True):
         for name, tensor in zip(_LISTS, tensors, strict=True):
             if tensor.dtype != torch.float32:
-                fail("adamw_step_", name, "torch.float32", tensor.dtype, "keep trainables and states in fp32", TypeError)
+                fail(
+                    "adamw_step_", name, "torch.float32", tensor.dtype, "keep trainables and states in fp32", TypeError
+                )
             if tensor.shape != tensors[0].shape:
-                fail("adamw_step_", name, f"shape {tuple(tensors[0].shape)}", tuple(tensor.shape), "match the parameter")
+                fail(
+                    "adamw_step_", name, f"shape {tuple(tensors[0].shape)}", tuple(tensor.shape), "match the parameter"
+                )
             check_device("adamw_step_", name, tensor, "params", tensors[0])
 
 

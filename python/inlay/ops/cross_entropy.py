@@ -75,7 +75,9 @@ def cross_entropy_chunk_(logits: Tensor, labels: Tensor, scale: float, write_gra
 class _Sums:
     """What the chunks add up to."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool], all_rows: bool):
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool], all_rows: bool
+    ):
         wide = compute_dtype(hidden)
         self.loss = hidden.new_zeros((), dtype=wide)
         fresh = torch.empty_like if all_rows else torch.zeros_like
@@ -96,7 +98,14 @@ class _Sums:
 
 
 def _in_chunks(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rows: Tensor, scale: float, chunk: int, needs: tuple
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    rows: Tensor,
+    scale: float,
+    chunk: int,
+    needs: tuple,
 ) -> _Sums:
     """hidden [M, H], labels [M], rows: which of the M are supervised."""
     all_rows = rows.numel() == hidden.shape[0]

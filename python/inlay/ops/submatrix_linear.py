@@ -127,7 +127,14 @@ class _Linear(Function):
     @staticmethod
     @without_autocast
     def forward(
-        ctx: Any, x: Tensor, values: Tensor, indices: Tensor, side: str, base: Any, in_place: bool, *base_tensors: Tensor
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        indices: Tensor,
+        side: str,
+        base: Any,
+        in_place: bool,
+        *base_tensors: Tensor,
     ) -> Tensor:
         y = base.forward(x, *base_tensors)
         needs_x, needs_v = ctx.needs_input_grad[:2]
@@ -193,5 +200,12 @@ def submatrix_linear_in_place(
 
 def write_values(values: Tensor, indices: Tensor, side: str, base: Any, base_tensors: tuple) -> None:
     if not hasattr(base, "out_in"):
-        fail("submatrix_write_", "base", "a dense base", base.__name__, "use the additive form on a packed base", TypeError)
+        fail(
+            "submatrix_write_",
+            "base",
+            "a dense base",
+            base.__name__,
+            "use the additive form on a packed base",
+            TypeError,
+        )
     submatrix_write_(base.out_in(*base_tensors), indices, values, 1 if side == "in" else 0)

@@ -172,7 +172,9 @@ class _SwiGLULinear(Function):
         if additive:
             add_forward(y, h, values, indices, "in")
         needs_h = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        ctx.save_for_backward(gate, up, indices, values if additive and needs_h else None, *(base_tensors if needs_h else ()))
+        ctx.save_for_backward(
+            gate, up, indices, values if additive and needs_h else None, *(base_tensors if needs_h else ())
+        )
         ctx.act, ctx.base, ctx.additive, ctx.base_count = act, base, additive, len(base_tensors)
         return y
 

@@ -1,0 +1,145 @@
+// pybind11 shell: torch.Tensor -> TensorView through the Python API (no torch headers), GIL released while
+// computing.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <vector>
+
+#include "dispatch.h"
+#include "threads.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// torch.dtype objects are singletons, so identity names them. Handed in once by _native.py.
+struct KnownDType {
+  PyObject* object;
+  inlay::DType dtype;
+};
+std::vector<KnownDType> known_dtypes;
+
+constexpr inlay::DType kDTypes[] = {inlay::DType::f32, inlay::DType::bf16, inlay::DType::f16,
+                                    inlay::DType::i64};
+
+void init_dtypes(const py::dict& names) {
+  known_dtypes.clear();
+  for (auto item : names)
+    for (inlay::DType dtype : kDTypes)
+      if (item.second.cast<std::string>() == inlay::dtype_name(dtype))
+        known_dtypes.push_back({item.first.inc_ref().ptr(), dtype});
+}
+
+inlay::DType to_dtype(py::handle object) {
+  for (const KnownDType& known : known_dtypes)
+    if (known.object == object.ptr()) return known.dtype;
+  return inlay::DType::other;
+}
+
+// Attribute names as interned Python strings, made once: four lookups per tensor are all a conversion costs.
+struct Names {
+  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
+  PyObject* shape = PyUnicode_InternFromString("shape");
+  PyObject* stride = PyUnicode_InternFromString("stride");
+  PyObject* dtype = PyUnicode_InternFromString("dtype");
+  PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
+};
+
+const Names& names() {
+  static const Names* const interned = new Names;
+  return *interned;
+}
+
+py::object attribute(py::handle tensor, PyObject* name) {
+  PyObject* value = PyObject_GetAttr(tensor.ptr(), name);
+  if (!value) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+py::object call(py::handle tensor, PyObject* name) {
+  PyObject* value = PyObject_CallMethodObjArgs(tensor.ptr(), name, nullptr);
+  if (!value) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+int read_sizes(const py::object& tuple, int64_t* sizes) {
+  const Py_ssize_t count = PyTuple_Size(tuple.ptr());
+  if (count < 0) throw py::error_already_set();
+  if (count > inlay::kMaxDims)
+    throw std::invalid_argument("inlay: wanted at most 8 dimensions; flatten some");
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    sizes[i] = PyLong_AsLongLong(PyTuple_GetItem(tuple.ptr(), i));
+    if (sizes[i] == -1 && PyErr_Occurred()) throw py::error_already_set();
+  }
+  return int(count);
+}
+
+inlay::TensorView to_view(py::handle tensor) {
+  inlay::TensorView view;
+  if (tensor.is_none()) return view;
+  view.data = PyLong_AsVoidPtr(call(tensor, names().data_ptr).ptr());
+  if (!view.data && PyErr_Occurred()) throw py::error_already_set();
+  view.ndim = read_sizes(attribute(tensor, names().shape), view.shape);
+  read_sizes(call(tensor, names().stride), view.strides);
+  view.dtype = to_dtype(attribute(tensor, names().dtype));
+  view.device =
+      attribute(tensor, names().is_cpu).ptr() == Py_True ? inlay::Device::cpu : inlay::Device::other;
+  return view;
+}
+
+}  // namespace
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<inlay::TensorView> {
+  PYBIND11_TYPE_CASTER(inlay::TensorView, const_name("Tensor"));
+  bool load(handle source, bool) {
+    value = to_view(source);
+    return true;
+  }
+};
+
+template <>
+struct type_caster<inlay::TensorList> {
+  PYBIND11_TYPE_CASTER(inlay::TensorList, const_name("Sequence[Tensor]"));
+  bool load(handle source, bool) {
+    for (handle item : reinterpret_borrow<object>(source)) views.push_back(to_view(item));
+    value = {views.data(), int64_t(views.size())};
+    return true;
+  }
+  std::vector<inlay::TensorView> views;
+};
+
+}  // namespace pybind11::detail
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "inlay's native kernels; call them through inlay.ops, which checks and allocates";
+
+  m.def("dtype_names", [] {
+    std::vector<std::string> result;
+    for (inlay::DType dtype : kDTypes) result.emplace_back(inlay::dtype_name(dtype));
+    return result;
+  });
+  m.def("init_dtypes", &init_dtypes);
+  m.def("set_num_threads", &inlay::set_num_threads);
+  m.def("num_threads", &inlay::num_threads);
+  m.def("set_isa", &inlay::set_isa, py::arg("isa") = "",
+        "Force one instruction set; empty: INLAY_ISA or the best");
+  m.def("isa", [] { return std::string(inlay::kernels().isa); });
+  m.def("available_isas", &inlay::available_isas);
+  m.def("build_info", [] {
+    py::dict info;
+    info["isas"] = inlay::built_isas();
+    info["openmp"] = inlay::built_with_openmp();
+    info["cuda"] = false;
+    info["compiler"] = INLAY_COMPILER;
+    return info;
+  });
+
+// Every op of ops.h under its own name: arguments are converted with the GIL, then it is released.
+#define INLAY_OP(name, args) m.def(#name, &inlay::name, py::call_guard<py::gil_scoped_release>());
+#include "ops.h"
+#undef INLAY_OP
+}

@@ -1,0 +1,49 @@
+// What every CPU kernel file starts from: Vec, typed row access, dtype dispatch, the parallel loop.
+#pragma once
+
+#include "cpu/vec.h"
+#include "tensor.h"
+#include "threads.h"
+
+namespace inlay {
+namespace INLAY_ISA_NS {
+
+#define INLAY_OP(name, args) void name args;
+#include "ops.h"
+#undef INLAY_OP
+
+namespace {
+
+// Calls f(T{}) with the element type of `dtype`; the caller has checked that it is a float.
+template <class F>
+inline void with_float(DType dtype, F&& f) {
+  if (dtype == DType::f32) return f(float{});
+  if (dtype == DType::bf16) return f(bf16{});
+  if (dtype == DType::f16) return f(f16{});
+}
+
+template <class T>
+inline T* row(const TensorView& t, int64_t m) {
+  return static_cast<T*>(t.data) + m * t.strides[0];
+}
+
+template <class T>
+inline T* data(const TensorView& t) {
+  return static_cast<T*>(t.data);
+}
+
+// f(i) for i in [0, pieces), in contiguous spans per thread. `cost` = elementary steps of one piece.
+template <class F>
+inline void parallel_for(int64_t pieces, int64_t cost, F&& f) {
+  const int threads = threads_for(pieces, pieces * cost);
+  if (threads == 1) {
+    for (int64_t i = 0; i < pieces; ++i) f(i);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < pieces; ++i) f(i);
+}
+
+}  // namespace
+}  // namespace INLAY_ISA_NS
+}  // namespace inlay

@@ -1,0 +1,134 @@
+#include "dispatch.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#if defined(INLAY_HAVE_avx2)
+#include <cpuid.h>
+#endif
+
+#define INLAY_OP(name, args) void name args;
+namespace inlay {
+namespace scalar {
+#include "ops.h"
+}
+#if defined(INLAY_HAVE_avx2)
+namespace avx2 {
+#include "ops.h"
+}
+namespace avx512 {
+#include "ops.h"
+}
+#endif
+}  // namespace inlay
+#undef INLAY_OP
+
+namespace inlay {
+
+namespace {
+
+#define INLAY_OP(name, args) &scalar::name,
+constexpr KernelTable kScalar = {
+    "scalar",
+#include "ops.h"
+};
+#undef INLAY_OP
+
+#if defined(INLAY_HAVE_avx2)
+#define INLAY_OP(name, args) &avx2::name,
+constexpr KernelTable kAvx2 = {
+    "avx2",
+#include "ops.h"
+};
+#undef INLAY_OP
+#define INLAY_OP(name, args) &avx512::name,
+constexpr KernelTable kAvx512 = {
+    "avx512",
+#include "ops.h"
+};
+#undef INLAY_OP
+
+// XCR0: which registers the operating system saves. A CPU flag without it means a fault at the first use.
+uint64_t saved_registers() {
+  uint32_t low = 0, high = 0;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (uint64_t(high) << 32) | low;
+}
+
+struct CpuFeatures {
+  bool avx2 = false, avx512 = false;
+
+  CpuFeatures() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return;
+    const bool osxsave = c & (1u << 27), fma = c & (1u << 12), f16c = c & (1u << 29);
+    if (!osxsave || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+    const uint64_t saved = saved_registers();
+    constexpr uint64_t kYmm = 0x6, kZmm = 0xe6;
+    constexpr unsigned kAvx512 = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // f, dq, bw, vl
+    avx2 = (saved & kYmm) == kYmm && fma && f16c && (b & (1u << 5));
+    avx512 = avx2 && (saved & kZmm) == kZmm && (b & kAvx512) == kAvx512;
+  }
+};
+
+const CpuFeatures& cpu() {
+  static const CpuFeatures features;
+  return features;
+}
+#endif
+
+std::vector<const KernelTable*> available() {
+  std::vector<const KernelTable*> tables = {&kScalar};
+#if defined(INLAY_HAVE_avx2)
+  if (cpu().avx2) tables.push_back(&kAvx2);
+  if (cpu().avx512) tables.push_back(&kAvx512);
+#endif
+  return tables;
+}
+
+const KernelTable* find(const std::string& isa) {
+  std::string names;
+  for (const KernelTable* table : available()) {
+    if (isa == table->isa) return table;
+    names += (names.empty() ? "" : ", ") + std::string(table->isa);
+  }
+  throw std::invalid_argument("INLAY_ISA: wanted one of " + names +
+                              " (what this build and this CPU have), got '" + isa +
+                              "'; unset it to take the best");
+}
+
+const KernelTable* choose() {
+  const char* forced = std::getenv("INLAY_ISA");
+  return forced && *forced ? find(forced) : available().back();
+}
+
+std::atomic<const KernelTable*> current{nullptr};
+
+}  // namespace
+
+const KernelTable& kernels() {
+  const KernelTable* table = current.load(std::memory_order_acquire);
+  if (!table) current.store(table = choose(), std::memory_order_release);
+  return *table;
+}
+
+void set_isa(const std::string& isa) {
+  current.store(isa.empty() ? choose() : find(isa));
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const KernelTable* table : available()) names.emplace_back(table->isa);
+  return names;
+}
+
+std::vector<std::string> built_isas() {
+  std::vector<std::string> names = {"scalar"};
+#if defined(INLAY_HAVE_avx2)
+  names.insert(names.end(), {"avx2", "avx512"});
+#endif
+  return names;
+}
+
+}  // namespace inlay

@@ -1,0 +1,187 @@
+// The checked ops: every entry checks its arguments against ops.h and calls the kernel that dispatch chose.
+#include <stdexcept>
+#include <string>
+
+#include "dispatch.h"
+
+namespace inlay {
+
+namespace {
+
+int64_t rows_of(const char* op, const char* name, const TensorView& t) {
+  if (t.ndim != 2) fail(op, name, "2 dimensions", t, "flatten the leading ones");
+  return t.shape[0];
+}
+
+// [rows, cols] of the dtype of `like`
+void check_like(const char* op, const char* name, const TensorView& t, const TensorView& like) {
+  check_dtype(op, name, t, like.dtype);
+  check_matrix(op, name, t, like.shape[0], like.shape[1]);
+}
+
+void check_lead(const char* op, const char* name, const TensorView& t) {
+  check_float(op, name, t);
+  const int64_t rows = rows_of(op, name, t);
+  check_matrix(op, name, t, rows, t.shape[1]);
+}
+
+void check_norm_weight(const char* op, const TensorView& weight, int64_t width) {
+  if (!weight.data && weight.ndim == 0) return;
+  check_float(op, "weight", weight);
+  check_vector(op, "weight", weight, width);
+}
+
+void check_act(const char* op, int64_t act) {
+  if (act < 0 || act > 2)
+    throw std::invalid_argument("inlay." + std::string(op) + ": act: wanted 0, 1 or 2, got " +
+                                std::to_string(act) + "; see ops.h");
+}
+
+}  // namespace
+
+void submatrix_gather(const TensorView& out, const TensorView& x, const TensorView& indices) {
+  constexpr const char* op = "submatrix_gather";
+  check_lead(op, "x", x);
+  check_indices(op, indices, x.shape[1]);
+  check_float(op, "out", out);
+  check_matrix(op, "out", out, x.shape[0], indices.shape[0]);
+  kernels().submatrix_gather(out, x, indices);
+}
+
+void submatrix_add(const TensorView& out, const TensorView& y, const TensorView& acc) {
+  constexpr const char* op = "submatrix_add";
+  check_lead(op, "y", y);
+  check_like(op, "out", out, y);
+  check_dtype(op, "acc", acc, DType::f32);
+  check_matrix(op, "acc", acc, y.shape[0], y.shape[1]);
+  kernels().submatrix_add(out, y, acc);
+}
+
+void submatrix_scatter_add(const TensorView& dx, const TensorView& indices, const TensorView& acc) {
+  constexpr const char* op = "submatrix_scatter_add_";
+  check_lead(op, "dx", dx);
+  check_indices(op, indices, dx.shape[1]);
+  check_dtype(op, "acc", acc, DType::f32);
+  check_matrix(op, "acc", acc, dx.shape[0], indices.shape[0]);
+  kernels().submatrix_scatter_add(dx, indices, acc);
+}
+
+void submatrix_write(const TensorView& weight, const TensorView& indices, const TensorView& values) {
+  constexpr const char* op = "submatrix_write_";
+  check_float(op, "weight", weight);
+  const int64_t rows = rows_of(op, "weight", weight);
+  check_indices(op, indices, weight.shape[1]);
+  check_dtype(op, "values", values, DType::f32);
+  const int64_t wanted[] = {rows, indices.shape[0]};
+  check_shape(op, "values", values, 2, wanted);
+  kernels().submatrix_write(weight, indices, values);
+}
+
+void swiglu_forward(const TensorView& out, const TensorView& gate, const TensorView& up, int64_t act) {
+  constexpr const char* op = "swiglu_forward";
+  check_lead(op, "gate", gate);
+  check_like(op, "up", up, gate);
+  check_like(op, "out", out, gate);
+  check_act(op, act);
+  kernels().swiglu_forward(out, gate, up, act);
+}
+
+void swiglu_backward(const TensorView& dgate, const TensorView& dup, const TensorView& h_sel,
+                     const TensorView& dh, const TensorView& gate, const TensorView& up,
+                     const TensorView& indices, int64_t act) {
+  constexpr const char* op = "swiglu_backward";
+  check_lead(op, "gate", gate);
+  check_like(op, "up", up, gate);
+  check_like(op, "dh", dh, gate);
+  check_like(op, "dgate", dgate, gate);
+  check_like(op, "dup", dup, gate);
+  check_indices(op, indices, gate.shape[1]);
+  check_dtype(op, "h_sel", h_sel, gate.dtype);
+  check_matrix(op, "h_sel", h_sel, gate.shape[0], indices.shape[0]);
+  check_act(op, act);
+  kernels().swiglu_backward(dgate, dup, h_sel, dh, gate, up, indices, act);
+}
+
+void rms_norm_forward(const TensorView& y, const TensorView& rstd, const TensorView& x,
+                      const TensorView& weight, double eps, double offset) {
+  constexpr const char* op = "rms_norm_forward";
+  check_lead(op, "x", x);
+  check_like(op, "y", y, x);
+  check_dtype(op, "rstd", rstd, DType::f32);
+  check_vector(op, "rstd", rstd, x.shape[0]);
+  check_norm_weight(op, weight, x.shape[1]);
+  kernels().rms_norm_forward(y, rstd, x, weight, eps, offset);
+}
+
+void rms_norm_backward(const TensorView& dx, const TensorView& dy, const TensorView& x,
+                       const TensorView& weight, const TensorView& rstd, double offset) {
+  constexpr const char* op = "rms_norm_backward";
+  check_lead(op, "x", x);
+  check_like(op, "dx", dx, x);
+  check_like(op, "dy", dy, x);
+  check_dtype(op, "rstd", rstd, DType::f32);
+  check_vector(op, "rstd", rstd, x.shape[0]);
+  check_norm_weight(op, weight, x.shape[1]);
+  kernels().rms_norm_backward(dx, dy, x, weight, rstd, offset);
+}
+
+void rope_rotate(const TensorView& y, const TensorView& x, const TensorView& cos, const TensorView& sin,
+                 bool inverse) {
+  constexpr const char* op = "rope_rotate";
+  check_float(op, "x", x);
+  if (x.ndim != 4 || (x.shape[3] > 1 && x.strides[3] != 1))
+    fail(op, "x", "[B, H, T, D] with unit stride along D", x, "call .contiguous() first");
+  check_dtype(op, "y", y, x.dtype);
+  check_shape(op, "y", y, 4, x.shape);
+  check_float(op, "cos", cos);
+  if (cos.ndim != 3 || (cos.shape[0] != 1 && cos.shape[0] != x.shape[0]) || cos.shape[1] != x.shape[2] ||
+      cos.shape[2] > x.shape[3] || cos.shape[2] % 2 || (cos.shape[2] > 1 && cos.strides[2] != 1))
+    fail(op, "cos", "[B or 1, T, R] with R even and at most D", cos,
+         "pass the embeddings of these positions");
+  check_dtype(op, "sin", sin, cos.dtype);
+  check_shape(op, "sin", sin, 3, cos.shape);
+  if (sin.shape[2] > 1 && sin.strides[2] != 1)
+    fail(op, "sin", "unit inner stride", sin, "call .contiguous() first");
+  kernels().rope_rotate(y, x, cos, sin, inverse);
+}
+
+void cross_entropy_chunk(const TensorView& loss, const TensorView& logits, const TensorView& labels,
+                         double scale, bool write_grad) {
+  constexpr const char* op = "cross_entropy_chunk_";
+  check_lead(op, "logits", logits);
+  check_dtype(op, "loss", loss, DType::f32);
+  check_vector(op, "loss", loss, logits.shape[0]);
+  check_dtype(op, "labels", labels, DType::i64);
+  check_vector(op, "labels", labels, logits.shape[0]);
+  const auto* values = static_cast<const int64_t*>(labels.data);
+  for (int64_t i = 0; i < labels.shape[0]; ++i)
+    if (values[i] < 0 || values[i] >= logits.shape[1])
+      throw std::out_of_range("inlay.cross_entropy_chunk_: labels: wanted values in [0, " +
+                              std::to_string(logits.shape[1]) + "), got " + std::to_string(values[i]) +
+                              "; drop ignored rows first");
+  kernels().cross_entropy_chunk(loss, logits, labels, scale, write_grad);
+}
+
+void adamw_step(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
+                const TensorList& exp_avg_sqs, double lr, double beta1, double beta2, double eps,
+                double weight_decay, int64_t step, double grad_scale) {
+  constexpr const char* op = "adamw_step_";
+  const TensorList* lists[] = {&params, &grads, &exp_avgs, &exp_avg_sqs};
+  const char* names[] = {"params", "grads", "exp_avgs", "exp_avg_sqs"};
+  for (int l = 0; l < 4; ++l) {
+    if (lists[l]->size != params.size)
+      throw std::invalid_argument(
+          "inlay.adamw_step_: lists: wanted one length; pass one state per parameter");
+    for (int64_t i = 0; i < params.size; ++i) {
+      const TensorView& tensor = lists[l]->items[i];
+      check_dtype(op, names[l], tensor, DType::f32);
+      check_vector(op, names[l], tensor, numel(params.items[i]));
+    }
+  }
+  if (step < 1)
+    throw std::invalid_argument("inlay.adamw_step_: step: wanted 1 or more; count the first step as 1");
+  kernels().adamw_step(params, grads, exp_avgs, exp_avg_sqs, lr, beta1, beta2, eps, weight_decay, step,
+                       grad_scale);
+}
+
+}  // namespace inlay

@@ -1,0 +1,58 @@
+// THE contract: every op with its math, shapes and dtypes. Included several times, each time with another
+// INLAY_OP, so that declarations, dispatch tables and bindings all come from this one list.
+//
+// Conventions
+//   float        float32, bfloat16 or float16; all float arguments of one op share it unless said otherwise
+//   [M, N]       rows may be any distance apart, elements of a row are adjacent
+//   indices      int64 [s], strictly increasing channel numbers
+//   outputs      first; they overlap no input unless the comment says so
+//   arithmetic   float32, rounded to nearest even once, when stored
+//   results      do not depend on the number of threads
+
+// out[m, j] = x[m, indices[j]]                          out float [M, s] (own dtype), x float [M, K]
+INLAY_OP(submatrix_gather, (const TensorView& out, const TensorView& x, const TensorView& indices))
+
+// out = round(y + acc)                                  out, y float [M, N] (may be one), acc f32 [M, N]
+INLAY_OP(submatrix_add, (const TensorView& out, const TensorView& y, const TensorView& acc))
+
+// dx[m, indices[j]] = round(dx[m, indices[j]] + acc[m, j])         dx float [M, K], acc f32 [M, s]
+INLAY_OP(submatrix_scatter_add, (const TensorView& dx, const TensorView& indices, const TensorView& acc))
+
+// weight[r, indices[j]] = round(values[r, j])           weight float [R, K], values f32 [R, s], any strides
+INLAY_OP(submatrix_write, (const TensorView& weight, const TensorView& indices, const TensorView& values))
+
+// out = act(gate)·up                                    float [M, K]; act 0 silu, 1 gelu tanh, 2 gelu erf
+INLAY_OP(swiglu_forward, (const TensorView& out, const TensorView& gate, const TensorView& up, int64_t act))
+
+// dgate = dh·up·act'(gate)   dup = dh·act(gate)         float [M, K]
+// h_sel[m, j] = act(gate)·up at channel indices[j], with the bits of swiglu_forward; float [M, s]
+INLAY_OP(swiglu_backward,
+         (const TensorView& dgate, const TensorView& dup, const TensorView& h_sel, const TensorView& dh,
+          const TensorView& gate, const TensorView& up, const TensorView& indices, int64_t act))
+
+// rstd = 1/sqrt(mean(x²) + eps)   y = x·rstd·(offset + weight)
+// y, x float [M, H]; rstd f32 [M]; weight [H] of any float dtype, or None (scale 1)
+INLAY_OP(rms_norm_forward, (const TensorView& y, const TensorView& rstd, const TensorView& x,
+                            const TensorView& weight, double eps, double offset))
+
+// t = dy·(offset + weight)   dx = rstd·(t − x·rstd²·mean(t·x))     dx, dy, x float [M, H]
+INLAY_OP(rms_norm_backward, (const TensorView& dx, const TensorView& dy, const TensorView& x,
+                             const TensorView& weight, const TensorView& rstd, double offset))
+
+// y1 = x1·cos1 − x2·sin1   y2 = x2·cos2 + x1·sin2       halves of the first R channels; the others are copied
+// inverse: y1 = x1·cos1 + x2·sin2   y2 = x2·cos2 − x1·sin1         (the transposed map)
+// y, x float [B, H, T, D]; cos, sin [B or 1, T, R] of any one float dtype; unit stride along D and R
+INLAY_OP(rope_rotate, (const TensorView& y, const TensorView& x, const TensorView& cos, const TensorView& sin,
+                       bool inverse))
+
+// loss[i] = logsumexp(logits[i]) − logits[i, labels[i]];  write_grad: logits ← (softmax(logits) −
+// onehot)·scale loss f32 [c]; logits float [c, V], in place; labels int64 [c] in [0, V)
+INLAY_OP(cross_entropy_chunk, (const TensorView& loss, const TensorView& logits, const TensorView& labels,
+                               double scale, bool write_grad))
+
+// g = grad·grad_scale;  p ← p·(1 − lr·weight_decay);  m ← m + (1−beta1)·(g−m);  v ← beta2·v + (1−beta2)·g²
+// p ← p − lr/(1−beta1^step) · m/(sqrt(v)/sqrt(1−beta2^step) + eps)
+// lists of f32 vectors, params[i], exp_avgs[i], exp_avg_sqs[i] in place
+INLAY_OP(adamw_step, (const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
+                      const TensorList& exp_avg_sqs, double lr, double beta1, double beta2, double eps,
+                      double weight_decay, int64_t step, double grad_scale))
