@@ -12,7 +12,9 @@ def test_json_and_jsonl_hold_the_same_records(tmp_path):
     # U+2028 unescaped is legal JSON, and str.splitlines would cut the record there.
     lines = [json.dumps(record, ensure_ascii=False) for record in RECORDS]
     (tmp_path / "r.jsonl").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
-    assert load_records(tmp_path / "r.json") == load_records(str(tmp_path / "r.jsonl")) == load_records(RECORDS) == RECORDS
+    assert (
+        load_records(tmp_path / "r.json") == load_records(str(tmp_path / "r.jsonl")) == load_records(RECORDS) == RECORDS
+    )
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,10 @@ def test_a_chat_template_turns_questions_into_user_turns():
     [
         ([], "at least one training record"),
         ([{"text": "x"}, "y"], "record 1: wanted a dict, got str"),
-        ([{"text": "x"}, {"prompt": "a", "completion": "b"}], "record 1 is in the prompt/completion format, but record 0"),
+        (
+            [{"text": "x"}, {"prompt": "a", "completion": "b"}],
+            "record 1 is in the prompt/completion format, but record 0",
+        ),
         ([{"prompt": "a", "completion": "b", "text": "c"}], "record 0: wanted the keys of one format"),
         ([{"prompt": "a", "completon": "b"}], "did you mean 'completion' instead of 'completon'"),
         ([{"text": "a", "source": "b"}], "remove 'source'"),

@@ -58,7 +58,9 @@ def test_eval_data_is_evaluated():
     tokenizer = build_tokenizer()
     once = finetune(tuned(), tokenizer, RECORDS[:5], eval_data=RECORDS[5:], **quick)
     assert list(once.eval_losses) == [2]
-    each = finetune(tuned(), tokenizer, RECORDS[:5], eval_data=RECORDS[5:], eval_strategy="steps", eval_steps=1, **quick)
+    each = finetune(
+        tuned(), tokenizer, RECORDS[:5], eval_data=RECORDS[5:], eval_strategy="steps", eval_steps=1, **quick
+    )
     assert list(each.eval_losses) == [1, 2] and each.eval_losses[2] == pytest.approx(once.eval_losses[2])
 
 
@@ -73,14 +75,21 @@ def test_micro_batches_equal_one_batch():
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4, msg=name)
 
 
-def test_resume_gives_identical_results(tmp_path):
-    options = QUICK | {"max_steps": 6, "save_steps": 3, "save_strategy": "steps"}
+@pytest.mark.parametrize("sampling", ["random", "group_by_length"])
+def test_resume_gives_identical_results(tmp_path, sampling):
+    # Two steps per epoch: the checkpoint at 3 lies in the middle of the second.
+    options = QUICK | {"max_steps": 6, "save_steps": 3, "save_strategy": "steps", "train_sampling_strategy": sampling}
     straight = tuned()
     whole = finetune(straight, build_tokenizer(), RECORDS, output_dir=str(tmp_path / "a"), **options)
     resumed = tuned()
     checkpoint = str(tmp_path / "a" / "checkpoint-3")
     rest = finetune(
-        resumed, build_tokenizer(), RECORDS, output_dir=str(tmp_path / "b"), resume_from_checkpoint=checkpoint, **options
+        resumed,
+        build_tokenizer(),
+        RECORDS,
+        output_dir=str(tmp_path / "b"),
+        resume_from_checkpoint=checkpoint,
+        **options,
     )
     assert rest.losses == whole.losses[3:]
     for (name, a), b in zip(trainables(straight).items(), trainables(resumed).values(), strict=True):

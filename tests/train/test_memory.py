@@ -3,8 +3,7 @@ import sys
 import pytest
 import torch
 
-from inlay.train import PeakMemory, best_cpu_dtype
-from inlay.train import hardware
+from inlay.train import PeakMemory, best_cpu_dtype, hardware
 
 MB = 2**20
 

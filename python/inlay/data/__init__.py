@@ -4,6 +4,7 @@ from .collate import Collator
 from .dataset import DataReport, TrainingData, prepare
 from .formats import Conversation, Example, Plain, load_records, parse_records
 from .masking import Encoder, show_mask
+from .sampling import LengthGroupedSampler
 
 __all__ = [
     "Collator",
@@ -11,6 +12,7 @@ __all__ = [
     "DataReport",
     "Encoder",
     "Example",
+    "LengthGroupedSampler",
     "Plain",
     "TrainingData",
     "load_records",

@@ -24,7 +24,9 @@ class DataReport:
 
     def __str__(self) -> str:
         share = 100 * self.supervised_tokens / max(self.tokens, 1)
-        notes = [f"{self.truncated} truncated"] * bool(self.truncated) + [f"{self.dropped} dropped"] * bool(self.dropped)
+        notes = [f"{self.truncated} truncated"] * bool(self.truncated) + [f"{self.dropped} dropped"] * bool(
+            self.dropped
+        )
         return (
             f"{self.samples:,} samples from {self.records:,} records ({self.format}), {self.tokens:,} tokens, "
             f"{share:.1f}% supervised, longest {self.longest}" + "".join(f", {note}" for note in notes)

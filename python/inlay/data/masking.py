@@ -80,11 +80,7 @@ class Encoder:
         full = self._render(conversation, len(messages))
         if self.train_on_inputs:
             return [[(full.rstrip(), True)]]
-        turns = [
-            i
-            for i in range(conversation.supervised_from, len(messages))
-            if messages[i]["role"] == "assistant"
-        ]
+        turns = [i for i in range(conversation.supervised_from, len(messages)) if messages[i]["role"] == "assistant"]
         spans = [self._turn_span(conversation, i) for i in turns]
         if all(full.startswith(span.text) for span in spans):
             return [_cut(full, spans)]

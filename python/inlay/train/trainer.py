@@ -1,7 +1,7 @@
 """transformers' Trainer with the checks that stop a run which would train on nothing, or on NaN.
 
-Only methods that transformers documents for overriding are overridden: create_optimizer and
-training_step.
+Overridden are create_optimizer and training_step, which transformers documents for that, and the
+choice of the sampler for `train_sampling_strategy="group_by_length"`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from ..data.collate import count_padding
 from ..data.masking import IGNORED
+from ..data.sampling import LengthGroupedSampler
 
 
 class Trainer(transformers.Trainer):
@@ -60,6 +61,14 @@ class Trainer(transformers.Trainer):
             betas=(self.args.adam_beta1, self.args.adam_beta2),
             eps=self.args.adam_epsilon,
         )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(dataset)
+        lengths = [len(sample["input_ids"]) for sample in dataset]
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthGroupedSampler(lengths, self.args.train_batch_size * self.args.gradient_accumulation_steps, seed)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         self._count(inputs)
