@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -28,3 +30,25 @@ def causal_lm_loss(model: nn.Module) -> Callable[..., Any] | None:
 def is_encoder_decoder(model: nn.Module) -> bool:
     """True for T5-like models."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+@contextmanager
+def registered_attention(name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Register an attention function under ``name`` for the time being."""
+    from transformers.modeling_utils import AttentionInterface
+
+    AttentionInterface.register(name, function)
+    try:
+        yield
+    finally:
+        AttentionInterface._global_mapping.pop(name, None)
+
+
+def attention_function(module: nn.Module) -> Callable[..., Any]:
+    """The attention function the user chose by ``attn_implementation``, as transformers' own modules look it up."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    modeling = sys.modules[type(module).__module__]
+    functions = getattr(modeling, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+    eager = getattr(modeling, "eager_attention_forward", None)
+    return functions.get_interface(module.config._attn_implementation, eager)

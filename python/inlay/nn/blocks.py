@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..ops.rms_norm import rms_norm
 from ..ops.swiglu import swiglu
+from .attention import FusedAttention, attention_settings
 from .mixed import Mixed, mix
 from .probe import generator, same, shallow
 from .tuned_linear import TunedLinear
@@ -78,6 +79,7 @@ def mlp_settings(module: nn.Module) -> dict[str, str] | None:
 FUSIONS: tuple[tuple[type, Callable[[nn.Module], dict | None]], ...] = (
     (FusedRMSNorm, norm_settings),
     (FusedGatedMLP, mlp_settings),
+    (FusedAttention, attention_settings),
 )
 
 
