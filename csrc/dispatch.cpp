@@ -113,9 +113,7 @@ const KernelTable& kernels() {
   return *table;
 }
 
-void set_isa(const std::string& isa) {
-  current.store(isa.empty() ? choose() : find(isa));
-}
+void set_isa(const std::string& isa) { current.store(isa.empty() ? choose() : find(isa)); }
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;

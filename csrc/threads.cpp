@@ -11,13 +11,9 @@ std::atomic<int> threads_allowed{1};
 constexpr int64_t kStepsPerThread = 16384;
 }  // namespace
 
-void set_num_threads(int threads) {
-  threads_allowed = std::max(1, threads);
-}
+void set_num_threads(int threads) { threads_allowed = std::max(1, threads); }
 
-int num_threads() {
-  return threads_allowed;
-}
+int num_threads() { return threads_allowed; }
 
 int threads_for(int64_t pieces, int64_t work) {
   const int64_t worth = std::min(pieces, work / kStepsPerThread);

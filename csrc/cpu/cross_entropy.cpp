@@ -1,7 +1,8 @@
 // Softmax cross-entropy of a chunk of rows, gradient in place of the logits.
 //
-// One pass finds maximum and sum of exponentials together, block by block: a block of 1,024 logits is read
-// from memory once (its maximum), and again from L1 (its sum). A second pass writes the gradient.
+// One pass finds maximum and sum of exponentials together, block by block: a block (1,024 logits with
+// AVX-512) is read from memory once (its maximum), and again from L1 (its sum). A second pass writes the
+// gradient.
 #include "cpu/kernel.h"
 
 namespace inlay {
@@ -9,7 +10,7 @@ namespace INLAY_ISA_NS {
 
 namespace {
 
-constexpr int64_t kBlock = 1024;
+constexpr int64_t kBlock = kSumSpan;
 
 struct Softmax {
   float maximum;

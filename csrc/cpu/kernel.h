@@ -32,6 +32,23 @@ inline T* data(const TensorView& t) {
   return static_cast<T*>(t.data);
 }
 
+// Longest stretch that is summed in fp32: 64 additions per lane. Beyond it sums go on in double, so that long
+// rows lose nothing, whatever the width of a Vec.
+constexpr int64_t kSumSpan = 64 * Vec::kWidth;
+
+// Sum of term(j, n) over [0, size); lanes beyond the end must be 0.
+template <class F>
+inline double long_sum(int64_t size, F&& term) {
+  double total = 0;
+  for (int64_t start = 0; start < size; start += kSumSpan) {
+    Vec part(0.0f);
+    for_vecs(size - start < kSumSpan ? size - start : kSumSpan,
+             [&](int64_t j, int n) { part = part + term(start + j, n); });
+    total += double(sum(part));
+  }
+  return total;
+}
+
 // f(i) for i in [0, pieces), in contiguous spans per thread. `cost` = elementary steps of one piece.
 template <class F>
 inline void parallel_for(int64_t pieces, int64_t cost, F&& f) {

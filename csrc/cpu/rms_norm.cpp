@@ -37,12 +37,11 @@ void rms_norm_forward(const TensorView& y, const TensorView& rstd, const TensorV
     using T = decltype(element);
     parallel_for(x.shape[0], 2 * width, [&](int64_t m) {
       const T* from = row<const T>(x, m);
-      Vec squares(0.0f);
-      for_vecs(width, [&](int64_t j, int n) {
+      const double squares = long_sum(width, [&](int64_t j, int n) {
         const Vec v = load_n(from + j, n);
-        squares = fma(v, v, squares);
+        return v * v;
       });
-      const float r = float(1.0 / __builtin_sqrt(double(sum(squares)) / double(width) + eps));
+      const float r = float(1.0 / __builtin_sqrt(squares / double(width) + eps));
       data<float>(rstd)[m * rstd.strides[0]] = r;
       T* into = row<T>(y, m);
       for_vecs(width, [&](int64_t j, int n) {
@@ -60,12 +59,11 @@ void rms_norm_backward(const TensorView& dx, const TensorView& dy, const TensorV
     using T = decltype(element);
     parallel_for(x.shape[0], 4 * width, [&](int64_t m) {
       const T *from = row<const T>(x, m), *grad = row<const T>(dy, m);
-      Vec products(0.0f);
-      for_vecs(width, [&](int64_t j, int n) {
-        products = fma(load_n(grad + j, n) * load_n(scale.values + j, n), load_n(from + j, n), products);
+      const double products = long_sum(width, [&](int64_t j, int n) {
+        return load_n(grad + j, n) * load_n(scale.values + j, n) * load_n(from + j, n);
       });
       const float r = data<const float>(rstd)[m * rstd.strides[0]];
-      const float pull = float(-double(sum(products)) / double(width) * double(r) * double(r));
+      const float pull = float(-products / double(width) * double(r) * double(r));
       T* into = row<T>(dx, m);
       for_vecs(width, [&](int64_t j, int n) {
         const Vec t = load_n(grad + j, n) * load_n(scale.values + j, n);

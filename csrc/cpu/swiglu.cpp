@@ -10,8 +10,9 @@ namespace {
 struct Silu {
   static Vec value(Vec g) { return g * sigmoid(g); }
   static Vec value_and_slope(Vec g, Vec& slope) {
-    const Vec s = sigmoid(g);
-    slope = s * fma(g, Vec(1.0f) - s, Vec(1.0f));
+    Vec complement;
+    const Vec s = sigmoid(g, complement);
+    slope = s * fma(g, complement, Vec(1.0f));
     return g * s;
   }
 };
@@ -22,9 +23,10 @@ struct GeluTanh {
   static Vec value(Vec g) { return g * sigmoid(Vec(kTwoRoot) * g * fma(Vec(0.044715f) * g, g, Vec(1.0f))); }
   static Vec value_and_slope(Vec g, Vec& slope) {
     const Vec square = g * g;
-    const Vec s = sigmoid(Vec(kTwoRoot) * g * fma(Vec(0.044715f), square, Vec(1.0f)));
+    Vec complement;
+    const Vec s = sigmoid(Vec(kTwoRoot) * g * fma(Vec(0.044715f), square, Vec(1.0f)), complement);
     const Vec inner = Vec(kTwoRoot) * fma(Vec(3 * 0.044715f), square, Vec(1.0f));
-    slope = s * fma(g * inner, Vec(1.0f) - s, Vec(1.0f));
+    slope = s * fma(g * inner, complement, Vec(1.0f));
     return g * s;
   }
 };

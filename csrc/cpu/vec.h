@@ -43,66 +43,32 @@ struct Vec {
   Vec(__m512 x) : v(x) {}
   Vec(float x) : v(_mm512_set1_ps(x)) {}
 };
-inline Vec operator+(Vec a, Vec b) {
-  return _mm512_add_ps(a.v, b.v);
-}
-inline Vec operator-(Vec a, Vec b) {
-  return _mm512_sub_ps(a.v, b.v);
-}
-inline Vec operator*(Vec a, Vec b) {
-  return _mm512_mul_ps(a.v, b.v);
-}
-inline Vec operator/(Vec a, Vec b) {
-  return _mm512_div_ps(a.v, b.v);
-}
-inline Vec fma(Vec a, Vec b, Vec c) {
-  return _mm512_fmadd_ps(a.v, b.v, c.v);
-}
-inline Vec sqrt(Vec a) {
-  return _mm512_sqrt_ps(a.v);
-}
+inline Vec operator+(Vec a, Vec b) { return _mm512_add_ps(a.v, b.v); }
+inline Vec operator-(Vec a, Vec b) { return _mm512_sub_ps(a.v, b.v); }
+inline Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }
+inline Vec operator/(Vec a, Vec b) { return _mm512_div_ps(a.v, b.v); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+inline Vec sqrt(Vec a) { return _mm512_sqrt_ps(a.v); }
 // If one is NaN the result is b, as the instruction has it.
-inline Vec max(Vec a, Vec b) {
-  return _mm512_max_ps(a.v, b.v);
-}
-inline Vec min(Vec a, Vec b) {
-  return _mm512_min_ps(a.v, b.v);
-}
-inline Vec abs(Vec a) {
-  return _mm512_abs_ps(a.v);
-}
-inline Vec round(Vec a) {
-  return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
+inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
+inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }
+inline Vec abs(Vec a) { return _mm512_abs_ps(a.v); }
+inline Vec round(Vec a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec where_negative(Vec c, Vec a, Vec b) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(c.v, _mm512_setzero_ps(), _CMP_LT_OQ), b.v, a.v);
 }
-inline Vec times_power_of_two(Vec a, Vec n) {
-  return _mm512_scalef_ps(a.v, n.v);
-}
+inline Vec times_power_of_two(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }
 
-inline __mmask16 first(int n) {
-  return __mmask16((1u << n) - 1);
-}
-inline Vec load(const float* p) {
-  return _mm512_loadu_ps(p);
-}
-inline Vec load(const float* p, int n) {
-  return _mm512_maskz_loadu_ps(first(n), p);
-}
-inline void store(float* p, Vec a) {
-  _mm512_storeu_ps(p, a.v);
-}
-inline void store(float* p, Vec a, int n) {
-  _mm512_mask_storeu_ps(p, first(n), a.v);
-}
+inline __mmask16 first(int n) { return __mmask16((1u << n) - 1); }
+inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline Vec load(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+inline void store(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
 
 inline Vec widen(__m256i bits, bf16) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
-inline Vec widen(__m256i bits, f16) {
-  return _mm512_cvtph_ps(bits);
-}
+inline Vec widen(__m256i bits, f16) { return _mm512_cvtph_ps(bits); }
 inline __m256i narrow(Vec a, bf16) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -141,36 +107,16 @@ struct Vec {
   Vec(__m256 x) : v(x) {}
   Vec(float x) : v(_mm256_set1_ps(x)) {}
 };
-inline Vec operator+(Vec a, Vec b) {
-  return _mm256_add_ps(a.v, b.v);
-}
-inline Vec operator-(Vec a, Vec b) {
-  return _mm256_sub_ps(a.v, b.v);
-}
-inline Vec operator*(Vec a, Vec b) {
-  return _mm256_mul_ps(a.v, b.v);
-}
-inline Vec operator/(Vec a, Vec b) {
-  return _mm256_div_ps(a.v, b.v);
-}
-inline Vec fma(Vec a, Vec b, Vec c) {
-  return _mm256_fmadd_ps(a.v, b.v, c.v);
-}
-inline Vec sqrt(Vec a) {
-  return _mm256_sqrt_ps(a.v);
-}
-inline Vec max(Vec a, Vec b) {
-  return _mm256_max_ps(a.v, b.v);
-}
-inline Vec min(Vec a, Vec b) {
-  return _mm256_min_ps(a.v, b.v);
-}
-inline Vec abs(Vec a) {
-  return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v);
-}
-inline Vec round(Vec a) {
-  return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
+inline Vec operator+(Vec a, Vec b) { return _mm256_add_ps(a.v, b.v); }
+inline Vec operator-(Vec a, Vec b) { return _mm256_sub_ps(a.v, b.v); }
+inline Vec operator*(Vec a, Vec b) { return _mm256_mul_ps(a.v, b.v); }
+inline Vec operator/(Vec a, Vec b) { return _mm256_div_ps(a.v, b.v); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
+inline Vec sqrt(Vec a) { return _mm256_sqrt_ps(a.v); }
+inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a.v, b.v); }
+inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a.v, b.v); }
+inline Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
+inline Vec round(Vec a) { return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec where_negative(Vec c, Vec a, Vec b) {
   return _mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(c.v, _mm256_setzero_ps(), _CMP_LT_OQ));
 }
@@ -183,19 +129,13 @@ inline Vec times_power_of_two(Vec a, Vec n) {
   return _mm256_mul_ps(_mm256_mul_ps(a.v, power(half)), power(_mm256_sub_epi32(whole, half)));
 }
 
-inline Vec load(const float* p) {
-  return _mm256_loadu_ps(p);
-}
-inline void store(float* p, Vec a) {
-  _mm256_storeu_ps(p, a.v);
-}
+inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 
 inline Vec widen(__m128i bits, bf16) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
-inline Vec widen(__m128i bits, f16) {
-  return _mm256_cvtph_ps(bits);
-}
+inline Vec widen(__m128i bits, f16) { return _mm256_cvtph_ps(bits); }
 inline __m128i narrow(Vec a, bf16) {
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -225,39 +165,17 @@ struct Vec {
   Vec() = default;
   Vec(float x) : v(x) {}
 };
-inline Vec operator+(Vec a, Vec b) {
-  return a.v + b.v;
-}
-inline Vec operator-(Vec a, Vec b) {
-  return a.v - b.v;
-}
-inline Vec operator*(Vec a, Vec b) {
-  return a.v * b.v;
-}
-inline Vec operator/(Vec a, Vec b) {
-  return a.v / b.v;
-}
-inline Vec fma(Vec a, Vec b, Vec c) {
-  return a.v * b.v + c.v;
-}
-inline Vec sqrt(Vec a) {
-  return __builtin_sqrtf(a.v);
-}
-inline Vec max(Vec a, Vec b) {
-  return a.v > b.v ? a.v : b.v;
-}
-inline Vec min(Vec a, Vec b) {
-  return a.v < b.v ? a.v : b.v;
-}
-inline Vec abs(Vec a) {
-  return __builtin_fabsf(a.v);
-}
-inline Vec round(Vec a) {
-  return __builtin_rintf(a.v);
-}
-inline Vec where_negative(Vec c, Vec a, Vec b) {
-  return c.v < 0 ? a : b;
-}
+inline Vec operator+(Vec a, Vec b) { return a.v + b.v; }
+inline Vec operator-(Vec a, Vec b) { return a.v - b.v; }
+inline Vec operator*(Vec a, Vec b) { return a.v * b.v; }
+inline Vec operator/(Vec a, Vec b) { return a.v / b.v; }
+inline Vec fma(Vec a, Vec b, Vec c) { return a.v * b.v + c.v; }
+inline Vec sqrt(Vec a) { return __builtin_sqrtf(a.v); }
+inline Vec max(Vec a, Vec b) { return a.v > b.v ? a.v : b.v; }
+inline Vec min(Vec a, Vec b) { return a.v < b.v ? a.v : b.v; }
+inline Vec abs(Vec a) { return __builtin_fabsf(a.v); }
+inline Vec round(Vec a) { return __builtin_rintf(a.v); }
+inline Vec where_negative(Vec c, Vec a, Vec b) { return c.v < 0 ? a : b; }
 // In two halves: 2^n alone overflows or underflows before the product does.
 inline Vec times_power_of_two(Vec a, Vec n) {
   const int32_t whole = n.v == n.v ? int32_t(n.v) : 0, half = whole >> 1;
@@ -265,15 +183,9 @@ inline Vec times_power_of_two(Vec a, Vec n) {
   return a.v * power(half) * power(whole - half);
 }
 
-inline Vec load(const float* p) {
-  return *p;
-}
-inline void store(float* p, Vec a) {
-  *p = a.v;
-}
-inline Vec load(const bf16* p) {
-  return from_bits(uint32_t(p->bits) << 16);
-}
+inline Vec load(const float* p) { return *p; }
+inline void store(float* p, Vec a) { *p = a.v; }
+inline Vec load(const bf16* p) { return from_bits(uint32_t(p->bits) << 16); }
 inline void store(bf16* p, Vec a) {
   const uint32_t bits = to_bits(a.v);
   p->bits = a.v == a.v ? uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : uint16_t(0x7fc0);
@@ -343,12 +255,8 @@ inline float load_one(const T* p) {
   store(lanes, load(p, 1));
   return lanes[0];
 }
-inline float load_one(const float* p) {
-  return *p;
-}
-inline float load_one(const bf16* p) {
-  return from_bits(uint32_t(p->bits) << 16);
-}
+inline float load_one(const float* p) { return *p; }
+inline float load_one(const bf16* p) { return from_bits(uint32_t(p->bits) << 16); }
 template <class T>
 inline void store_one(T* p, float value) {
   store(p, Vec(value), 1);
@@ -392,8 +300,14 @@ inline Vec exp(Vec x) {
   return times_power_of_two(p, n);
 }
 
-inline Vec sigmoid(Vec x) {
-  return Vec(1.0f) / (Vec(1.0f) + exp(Vec(0.0f) - x));
+inline Vec sigmoid(Vec x) { return Vec(1.0f) / (Vec(1.0f) + exp(Vec(0.0f) - x)); }
+
+// Also 1 - sigmoid(x), without the cancellation: e/(1 + e), e = exp(-x), and 1 where e would overflow.
+inline Vec sigmoid(Vec x, Vec& complement) {
+  const Vec e = exp(Vec(0.0f) - x);
+  const Vec s = Vec(1.0f) / (Vec(1.0f) + e);
+  complement = where_negative(x + Vec(80.0f), Vec(1.0f), e * s);
+  return s;
 }
 
 // The normal distribution function. erfc(z)·e^(z²)/t is a polynomial in t = 1/(1 + z/2): Chebyshev fit of

@@ -27,7 +27,9 @@ from inlay.ops._registry import (
 )
 from inlay.ops.submatrix import submatrix_grad
 
-DEFAULT_CHUNK = 256
+# Rows of logits alive at a time. Measured at 1,024 x 49,152 x 576 bf16 on 2 AMX cores, forward + backward: 128 rows
+# 670 ms, 256: 485, 512: 365, 1,024: 380 (the two matmuls alone: 290). Below 512 the GEMM repacks the weight too often.
+DEFAULT_CHUNK = 512
 
 
 # --- raw op: softmax cross-entropy of one chunk, gradient in place of the logits ---------------------------
@@ -97,6 +99,12 @@ class _Sums:
             self.bias += d_logits.sum(0, dtype=self.bias.dtype)
 
 
+def _even_chunk(rows: int, chunk: int) -> int:
+    """As many chunks as `chunk` asks for, of nearly one size: no small, slow last one."""
+    count = max(1, -(-rows // chunk))
+    return max(1, -(-rows // count))
+
+
 def _in_chunks(
     hidden: Tensor,
     weight: Tensor,
@@ -110,6 +118,7 @@ def _in_chunks(
     """hidden [M, H], labels [M], rows: which of the M are supervised."""
     all_rows = rows.numel() == hidden.shape[0]
     sums = _Sums(hidden, weight, bias, needs, all_rows)
+    chunk = _even_chunk(rows.numel(), chunk)
     buffer = hidden.new_empty(min(chunk, rows.numel()), weight.shape[0])
     for start in range(0, rows.numel(), chunk):
         picked = slice(start, min(start + chunk, rows.numel())) if all_rows else rows[start : start + chunk]
@@ -199,9 +208,12 @@ def linear_cross_entropy(
     num_items: divide the sum by this instead (gradient accumulation). No supervised token: nan for the mean
     and 0 with num_items, as torch has it. chunk: rows of logits alive at a time.
     """
-    dtype = autocast_dtype(hidden)
+    if chunk is not None and chunk < 1:
+        fail("linear_cross_entropy", "chunk", "1 or more rows", chunk, "leave it out for the default")
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
-    hidden, weight, bias = (None if t is None else t.to(dtype) for t in (hidden, weight, bias))
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = autocast_dtype(hidden)
+        hidden, weight, bias = (None if t is None else t.to(dtype) for t in (hidden, weight, bias))
     _check(hidden, weight, bias, labels)
     labels = labels.reshape(-1)
     rows = _supervised_rows(labels, ignore_index, weight.shape[0])

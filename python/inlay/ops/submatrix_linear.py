@@ -164,9 +164,9 @@ class _Linear(Function):
 
 def cast_for_autocast(x: Tensor, base: Any, base_tensors: tuple) -> tuple[Tensor, tuple]:
     """What autocast would do to a linear layer's input and weights, before the Function sees them."""
-    dtype = autocast_dtype(x)
-    if dtype == x.dtype:
+    if not torch.is_autocast_enabled(x.device.type):
         return x, base_tensors
+    dtype = autocast_dtype(x)
     return x.to(dtype), base.cast(dtype, *base_tensors) if hasattr(base, "cast") else base_tensors
 
 

@@ -127,7 +127,8 @@ def swiglu_backward(
     if indices is None:
         return dgate, dup, gate.new_empty((*gate.shape[:-1], 0))
     check_indices("swiglu_backward", indices, gate)
-    return dgate, dup, swiglu_forward.reference(gate.index_select(-1, indices), up.index_select(-1, indices), act)
+    # Of the whole h: torch's vector and tail code differ in the last bit, so gathered inputs would too.
+    return dgate, dup, swiglu_forward.reference(gate, up, act).index_select(-1, indices)
 
 
 # --- autograd -------------------------------------------------------------------------------------------

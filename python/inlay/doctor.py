@@ -1,0 +1,87 @@
+"""What was built, what was found, what is chosen: `inlay doctor`, or `python -m inlay.doctor`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from inlay import _native
+
+_PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "peft", "trl", "bitsandbytes", "numpy")
+_VARIABLES = ("INLAY_ISA", "INLAY_FORCE_PATH", "OMP_NUM_THREADS", "OMP_PROC_BIND", "KMP_AFFINITY")
+_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_flags() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            flags = next((line for line in file if line.startswith("flags")), "").split()
+    except OSError:
+        return "unknown"
+    return ", ".join(flag for flag in _CPU_FLAGS if flag in flags) or "none of " + ", ".join(_CPU_FLAGS)
+
+
+def _native_lines() -> Iterator[tuple[str, str]]:
+    if not _native.available():
+        yield "native kernels", f"MISSING: {_native.missing_reason}"
+        yield "path of every op", "plain torch (correct, slower)"
+        return
+    engine = _native.module()
+    info = engine.build_info()
+    yield "native kernels", f"built by {info['compiler']} for {', '.join(info['isas'])}"
+    try:
+        chosen = engine.isa()
+    except ValueError as error:
+        chosen = f"NONE: {error}"
+    yield "instruction set", f"{chosen} (this CPU can run {', '.join(engine.available_isas())})"
+    yield "CUDA kernels", "built" if info["cuda"] else "not built; on a GPU the plain-torch path runs"
+    openmp = "OpenMP" if info["openmp"] else "none: the compiler had no OpenMP, kernels use one thread"
+    yield "threads", f"{engine.num_threads()} of {os.cpu_count()} CPUs, as torch.get_num_threads(); {openmp}"
+
+
+def _openmp_lines() -> Iterator[tuple[str, str]]:
+    runtimes = _native.openmp_runtimes()
+    names = ", ".join(os.path.basename(path) for path in runtimes) or "none seen"
+    if len(runtimes) > 1:
+        names += "  WARNING: two thread pools compete for the CPUs; import torch before other OpenMP libraries"
+    yield "OpenMP runtimes", names
+
+
+def _torch_lines() -> Iterator[tuple[str, str]]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    yield "GPUs", ", ".join(gpus) or "none visible"
+    yield "CPU", f"{platform.machine()}: {_cpu_flags()}"
+    fast_bf16 = torch.backends.mkldnn.is_available() and ("avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags())
+    yield "dtype advice", "bfloat16 is fast here" if fast_bf16 or gpus else "no bf16 instructions: float32 is faster"
+
+
+def report() -> list[tuple[str, str]]:
+    """(what, finding) pairs."""
+    lines = [("inlay", f"{_version('inlay')} on Python {platform.python_version()}, {platform.platform()}")]
+    lines += [*_native_lines(), *_openmp_lines(), *_torch_lines()]
+    lines += [(package, _version(package)) for package in _PACKAGES]
+    lines += [(name, os.environ[name]) for name in _VARIABLES if name in os.environ]
+    return lines
+
+
+def main() -> int:
+    """Print the report; the exit status is 1 if the native kernels are missing."""
+    for what, finding in report():
+        print(f"{what:18} {finding}")
+    return 0 if _native.available() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
