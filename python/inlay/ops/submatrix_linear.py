@@ -78,18 +78,19 @@ def add_forward(y: Tensor, x: Tensor, values: Tensor, indices: Tensor, side: str
     return x
 
 
-def values_grad(dy: Tensor, kept: Tensor, indices: Tensor, side: str) -> Tensor:
-    if side == "in":
-        return submatrix_grad(dy, kept)
-    return submatrix_grad(submatrix_gather(dy, indices, dy.dtype), kept)
+def delta_grad(dy: Tensor, indices: Tensor, side: str) -> Tensor:
+    """The part of dy that reaches the delta, upcast once for both of its gradients."""
+    wide = compute_dtype(dy)
+    return dy.to(wide) if side == "in" else submatrix_gather(dy, indices, wide)
 
 
-def add_backward_input(dx: Tensor, dy: Tensor, values: Tensor, indices: Tensor, side: str) -> None:
-    """dx += dy·ΔW in dx's memory."""
+def add_backward_input(dx: Tensor, delta_dy: Tensor, values: Tensor, indices: Tensor, side: str) -> None:
+    """dx += delta_dy·V in dx's memory."""
+    product = _product(delta_dy, values)
     if side == "in":
-        submatrix_scatter_add_(dx, indices, _product(dy, values))
+        submatrix_scatter_add_(dx, indices, product)
     else:
-        submatrix_add_(dx, _product(submatrix_gather(dy, indices, values.dtype), values))
+        submatrix_add_(dx, product)
 
 
 class _AddDelta(Function):
@@ -113,11 +114,12 @@ class _AddDelta(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         kept, values, indices = ctx.saved_tensors
         dx = dv = None
+        delta_dy = delta_grad(dy, indices, ctx.side)
         if ctx.needs_input_grad[1]:
             dx = dy.new_zeros(ctx.x_shape, dtype=ctx.x_dtype)
-            add_backward_input(dx, dy, values, indices, ctx.side)
+            add_backward_input(dx, delta_dy, values, indices, ctx.side)
         if ctx.needs_input_grad[2]:
-            dv = values_grad(dy, kept, indices, ctx.side)
+            dv = submatrix_grad(delta_dy, kept)
         return dy if ctx.needs_input_grad[0] else None, dx, dv, None, None
 
 
@@ -153,12 +155,13 @@ class _Linear(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         kept, values, indices, *base_tensors = ctx.saved_tensors
         dx = dv = None
+        delta_dy = delta_grad(dy, indices, ctx.side)
         if ctx.needs_input_grad[1]:
-            dv = values_grad(dy, kept, indices, ctx.side)
+            dv = submatrix_grad(delta_dy, kept)
         if ctx.needs_input_grad[0]:
             dx = ctx.base.backward_input(dy, *base_tensors)
             if not ctx.in_place:
-                add_backward_input(dx, dy, values, indices, ctx.side)
+                add_backward_input(dx, delta_dy, values, indices, ctx.side)
         return dx, dv, None, None, None, None, *([None] * ctx.base_count)
 
 
