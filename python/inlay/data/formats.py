@@ -67,12 +67,12 @@ def load_records(source: RecordSource) -> list[Record]:
     """Records from a list of dicts, a .jsonl file, or a .json file that holds a list."""
     if isinstance(source, (str, Path)):
         return _read_file(Path(source))
-    if isinstance(source, Mapping) or not isinstance(source, Sequence):
-        raise TypeError(
-            f"wanted a path or a list of records, got {type(source).__name__}; "
-            "pass list(dataset) if it is an iterable of dicts"
-        )
-    return list(source)
+    if isinstance(source, (list, tuple)):
+        return list(source)
+    raise TypeError(
+        f"wanted a path or a list of records, got {type(source).__name__}; "
+        "pass list(dataset) if it is an iterable of dicts"
+    )
 
 
 def _read_file(path: Path) -> list[Record]:
