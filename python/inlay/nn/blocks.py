@@ -93,7 +93,8 @@ def install_blocks(model: nn.Module) -> dict[str, int]:
         for mixin, settings_of in FUSIONS:
             key = (mixin, type(module), _signature(module))
             if key not in proven:
-                proven[key] = settings_of(module)
+                with torch.random.fork_rng(devices=[]):  # building layers to probe with draws random numbers
+                    proven[key] = settings_of(module)
             if proven[key] is not None:
                 mix(module, mixin)
                 for name, value in proven[key].items():

@@ -1,0 +1,118 @@
+"""Fused attention block: projections, norms of queries and keys if the module has them, one rotary op, the user's
+attention implementation, output projection.
+
+Whether a module may be fused is proven by running it: an attention function that only records its arguments stands in
+for the real one, and what it receives (queries, keys, values, scaling, window, ...) must be what the fused block hands
+on. Those extra arguments are kept as the module gave them.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..integrations.transformers import attention_function, registered_attention
+from ..ops.rope import rope
+from .mixed import Mixed
+from .probe import generator, same, shallow
+
+_PROBE = "inlay_probe"
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class FusedAttention(Mixed):
+    """Mixin of a rotary attention module with separate q, k, v and o projections."""
+
+    inlay_attention_kwargs: dict[str, Any]
+    inlay_dropout: float
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        cos, sin = position_embeddings
+        query, key, value = rotated_qkv(self, hidden_states, cos, sin)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = attention_function(self)
+        dropout = self.inlay_dropout if self.training else 0.0
+        extra = {**self.inlay_attention_kwargs, **kwargs}
+        output, weights = attend(self, query, key, value, attention_mask, dropout=dropout, **extra)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+def rotated_qkv(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values ``[B, heads, T, head_dim]`` of ``x [B, T, H]``, the first two rotated."""
+    shape = (*x.shape[:-1], -1, module.head_dim)
+    query, key = module.q_proj(x).view(shape), module.k_proj(x).view(shape)
+    value = module.v_proj(x).view(shape).transpose(1, 2)
+    if hasattr(module, "q_norm"):
+        query, key = module.q_norm(query), module.k_norm(key)
+    query, key = rope(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
+    return query, key, value
+
+
+def attention_settings(module: nn.Module) -> dict[str, Any] | None:
+    """``inlay_attention_kwargs`` and ``inlay_dropout`` of a module that :class:`FusedAttention` computes, or None."""
+    if not all(isinstance(getattr(module, name, None), nn.Linear) for name in _PROJECTIONS):
+        return None
+    if not isinstance(getattr(module, "head_dim", None), int) or getattr(module, "config", None) is None:
+        return None
+    if hasattr(module, "q_norm") != hasattr(module, "k_norm"):
+        return None
+    twin, x, embeddings = _twin(module)
+    seen: dict[bool, dict[str, Any]] = {}
+
+    def record(_: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any):
+        seen[twin.training] = {"qkv": (query, key, value), "kwargs": kwargs}
+        heads = query.transpose(1, 2)
+        return heads * 1.5, None
+
+    def ours() -> Tensor:
+        query, key, value = rotated_qkv(twin, x, *embeddings)
+        if not all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(seen[False]["qkv"], (query, key, value))):
+            raise ValueError("queries, keys or values differ")
+        return twin.o_proj((query.transpose(1, 2) * 1.5).reshape(*x.shape[:-1], -1))
+
+    def theirs(training: bool) -> Tensor:
+        twin.training = training
+        return twin(hidden_states=x, position_embeddings=embeddings, attention_mask=None)[0]
+
+    with registered_attention(_PROBE, record):
+        if not same(lambda: theirs(True), lambda: theirs(False)) or not same(lambda: theirs(False), ours):
+            return None
+    extra = dict(seen[False]["kwargs"])
+    dropout = seen[True]["kwargs"].get("dropout", 0.0)
+    extra.pop("dropout", None)
+    if not isinstance(dropout, float) or any(isinstance(value, Tensor) for value in extra.values()):
+        return None  # a per-head sink or bias: not ours to pass on
+    return {"inlay_attention_kwargs": extra, "inlay_dropout": dropout}
+
+
+def _twin(module: nn.Module) -> tuple[nn.Module, Tensor, tuple[Tensor, Tensor]]:
+    """``module`` with random fp32 projections of its own shapes, an input, and rotary embeddings."""
+    random, children = generator(), {}
+    for name in _PROJECTIONS:
+        linear = getattr(module, name)
+        held = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        for parameter in held.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=random) * 0.1
+        children[name] = held
+    for name in ("q_norm", "k_norm"):
+        if hasattr(module, name):
+            children[name] = copy.deepcopy(getattr(module, name)).float()
+    twin = shallow(module, children, {})
+    config = copy.copy(module.config)
+    config._attn_implementation_internal = _PROBE
+    twin.__dict__["config"] = config
+    x = torch.randn(2, 5, children["q_proj"].in_features, generator=random)
+    angles = torch.rand(2, 5, module.head_dim // 2, generator=random) * 6.3
+    angles = torch.cat((angles, angles), dim=-1)
+    return twin, x, (angles.cos(), angles.sin())
