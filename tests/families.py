@@ -5,6 +5,7 @@ Weights are random and large enough that every block matters; norms and biases a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 VOCABULARY, TOKENS = 97, 11
+_EMBEDDING = re.compile("embed|shared")
 
 Batch = dict[str, Tensor]
 
@@ -50,7 +52,8 @@ def perturb(model: nn.Module, seed: int = 0) -> nn.Module:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=random)
             if parameter.dim() >= 2:
-                parameter.copy_(noise * (0.3 if "embed" in name or "shared" in name else parameter.shape[-1] ** -0.5))
+                embedding = 0.1 if "embed_tokens" in name else 0.3  # tied ones would drown what the blocks add
+                parameter.copy_(noise * (embedding if _EMBEDDING.search(name) else parameter.shape[-1] ** -0.5))
             elif name.endswith("bias"):
                 parameter.copy_(0.1 * noise)
             else:
@@ -281,6 +284,11 @@ BY_NAME = {family.name: family for family in FAMILIES}
 def prompt(seed: int = 0, tokens: int = 6, rows: int = 1) -> Tensor:
     random = torch.Generator().manual_seed(2000 + seed)
     return torch.randint(3, VOCABULARY, (rows, tokens), generator=random)
+
+
+def cast(batch: Batch, dtype: torch.dtype) -> Batch:
+    """A batch with its floating-point inputs (images) in ``dtype``."""
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
 
 
 def eval_logits(model: nn.Module, batch: Batch) -> Tensor:

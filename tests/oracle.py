@@ -129,3 +129,11 @@ def assert_equals_masked(
             assert not torch.equal(merged[key][masks[path]], before[key][masks[path]]), f"{key} did not train"
         else:
             assert_equal(merged[key], before[key], key)
+
+
+def randomize(model: nn.Module, size: float, seed: int = 0, name: str = "default") -> None:
+    """Give every delta of an adapter a random change of about ``size``, as if it had been trained."""
+    random = torch.Generator().manual_seed(3000 + seed)
+    with torch.no_grad():
+        for delta in deltas_of(model, name).values():
+            delta.s2ft_values.add_(size * torch.randn(delta.s2ft_values.shape, generator=random))

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from families import BY_NAME, FAMILIES
+from families import BY_NAME, FAMILIES, cast
 from oracle import assert_equals_masked
 
 import inlay
@@ -32,6 +32,7 @@ CHOICES = {
     "input sides of all": {"target_modules": "all-linear", "side": "in", "granularity": 1, "ratio": 0.2},
     "every channel": {"ratio": 1.0},
     "one layer": {"layers_to_transform": [1], "ratio": 0.2},
+    "the output head": {"target_modules": ["lm_head"], "ratio": 0.1},
     "a pattern": {"target_modules": r".*layers\.0\.mlp\.(up|down)_proj", "ratio": 0.2},
 }
 
@@ -42,9 +43,7 @@ def run(family, options, update, decay, *, dtype=torch.float32, tolerance=1e-5, 
     trainable = [p for p in tuned.parameters() if p.requires_grad]
     adamw = inlay.optim.AdamW if dtype is torch.float32 else torch.optim.AdamW
     optimizer = adamw(trainable, lr=LEARNING_RATE, weight_decay=pull or decay)
-    batches = [family.batch(seed) for seed in range(STEPS)]
-    if dtype is not torch.float32:
-        batches = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in b.items()} for b in batches]
+    batches = [cast(family.batch(seed), dtype) for seed in range(STEPS)]
     assert_equals_masked(
         tuned, eager, batches, optimizer, tolerance=tolerance, lr=LEARNING_RATE, weight_decay=decay, pull=pull
     )
@@ -86,5 +85,5 @@ def test_additive_decay_pulls_towards_the_base():
 
 def test_the_oracle_notices_weight_decay():
     """Additive with decay is not masked full fine-tuning with decay: the comparison above can fail."""
-    with pytest.raises(AssertionError, match="losses: 4 of 5"):
+    with pytest.raises(AssertionError, match="losses: . of 5"):
         run(BY_NAME["llama"], {"ratio": 0.2}, "additive", 0.3, tolerance=1e-5)
