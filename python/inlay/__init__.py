@@ -2,9 +2,9 @@
 
 from . import optim
 from .adapters import Verification, export, load, merge, verify
-from .methods import S2FT
+from .methods import S2FT, LoRA
 from .model import disabled
 from .tune import tune
 from .version import __version__
 
-__all__ = ["S2FT", "Verification", "__version__", "disabled", "export", "load", "merge", "optim", "tune", "verify"]
+__all__ = ["S2FT", "LoRA", "Verification", "__version__", "disabled", "export", "load", "merge", "optim", "tune", "verify"]

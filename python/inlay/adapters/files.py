@@ -1,6 +1,7 @@
 """The adapter directory: names, and writing files so that nothing already saved is lost.
 
-    adapter_config.json        the method's options and PEFT's common keys, sorted, indented by 2
+    adapter_config.json        what PEFT's own config would hold, and an "inlay" section: format version, the method's
+                               options, and a few base weights to know the base again; sorted, indented by 2
     adapter_model.safetensors  base_model.model.<module>.<tensor>, as PEFT's own code names them
     model.safetensors          the same tensors under the tuned model's state-dict keys: what Trainer resumes from
     README.md                  a short card

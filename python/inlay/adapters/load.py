@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..deltas import STORED_KEYS
 from ..methods import METHODS, Method
 from ..model import sample_weights, state_of
 from ..tune import DEFAULT_ADAPTER, attach, check_tunable
-from .files import CONFIG_NAME, FORMAT_VERSION, KEY_PREFIX, WEIGHTS_NAME, peft_keys, read_json, read_tensors
+from .files import CONFIG_NAME, FORMAT_VERSION, KEY_PREFIX, WEIGHTS_NAME, read_json, read_tensors
 
-#: Keys of adapter_config.json that are not options of the method.
-_COMMON = {"peft_type", "peft_version", "inlay_version", "inlay_format", "base_sample"}
 #: Mean |difference| over rms of sampled base weights above which the base is another model. Four-bit quantization
 #: moves weights by about 0.09 of their rms; two unrelated models differ by more than 1.
 _OTHER_BASE = 0.3
@@ -55,7 +54,7 @@ def load(
     if state is not None and name in state.methods:
         raise ValueError(f"this model has an adapter {name!r} already; pass another name")
     if check_base:
-        _check_base(model, config.get("base_sample") or {})
+        _check_base(model, config["inlay"].get("base_sample") or {})
     deltas = {path: method.restore(modules[path], tensors, path) for path, tensors in grouped.items()}
     tuned = attach(model, method, deltas, name, fused_blocks=fused_blocks, fused_loss=fused_loss)
     if not trainable:
@@ -66,14 +65,17 @@ def load(
 
 def method_of(config: dict[str, Any], where: Path) -> Method:
     """The method config in an ``adapter_config.json``."""
-    kind, version = config.get("peft_type"), config.get("inlay_format", FORMAT_VERSION)
+    kind, ours = config.get("peft_type"), config.get("inlay")
     if kind not in METHODS:
         raise ValueError(f"{where}: wanted an adapter of {sorted(METHODS)}, got peft_type={kind!r}")
-    if version > FORMAT_VERSION:
-        raise ValueError(f"{where}: format {version} is newer than this inlay reads ({FORMAT_VERSION}); upgrade inlay")
-    options = {k: v for k, v in config.items() if k not in _COMMON and k not in peft_keys(None)}
+    if not isinstance(ours, dict) or "options" not in ours:
+        raise ValueError(f"{where}: wanted an adapter saved by inlay, got one without its 'inlay' section")
+    if ours.get("format", 0) > FORMAT_VERSION:
+        raise ValueError(
+            f"{where}: format {ours['format']} is newer than this inlay reads ({FORMAT_VERSION}); upgrade inlay"
+        )
     try:
-        return METHODS[kind].from_dict(options)
+        return METHODS[kind].from_dict(ours["options"])
     except TypeError as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -82,10 +84,10 @@ def group_by_module(tensors: dict[str, Tensor], where: Path) -> dict[str, dict[s
     """Adapter-file tensors as ``{module: {tensor name: tensor}}``."""
     grouped: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        if not key.startswith(KEY_PREFIX):
-            raise ValueError(f"{where}: wanted keys that start with {KEY_PREFIX!r}, got {key!r}")
-        module, _, leaf = key[len(KEY_PREFIX) :].rpartition(".")
-        grouped.setdefault(module, {})[leaf] = tensor
+        leaf = next((leaf for leaf in STORED_KEYS if key.endswith(f".{leaf}")), None)
+        if not key.startswith(KEY_PREFIX) or leaf is None:
+            raise ValueError(f"{where}: wanted keys like {KEY_PREFIX}<module>.<one of {STORED_KEYS}>, got {key!r}")
+        grouped.setdefault(key[len(KEY_PREFIX) : -len(leaf) - 1], {})[leaf] = tensor
     if not grouped:
         raise ValueError(f"{where}: the adapter holds no tensor")
     return grouped

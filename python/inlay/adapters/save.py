@@ -48,11 +48,14 @@ def save_adapter(
     method = state.methods[name]
     config = {
         **peft_keys(model),
-        **method.to_dict(),
+        **method.peft_fields([path for path, module in tuned_linears(model).items() if name in module.deltas]),
         "peft_type": method.peft_type,
-        "inlay_version": __version__,
-        "inlay_format": FORMAT_VERSION,
-        "base_sample": state.base_sample,
+        "inlay": {
+            "base_sample": state.base_sample,
+            "format": FORMAT_VERSION,
+            "options": method.to_dict(),
+            "version": __version__,
+        },
     }
     write_tensors(directory / WEIGHTS_NAME, tensors)
     write_tensors(directory / RESUME_NAME, resume)
@@ -69,8 +72,9 @@ def collect(
     for path, module in tuned_linears(model).items():
         if name not in module.deltas:
             continue
-        for key, tensor in module.deltas[name].tensors().items():
-            full = f"{path}.deltas.{name}.{key}"
+        delta = module.deltas[name]
+        for key, tensor in delta.tensors().items():
+            full = f"{path}.deltas.{name}.{delta.stored[key]}"
             value = (state_dict or {}).get(full, tensor)
             tensors[f"{KEY_PREFIX}{path}.{key}"] = value
             resume[full] = value

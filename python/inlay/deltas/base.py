@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -20,10 +21,10 @@ class Delta(nn.Module):
     Attributes:
         in_features, out_features: the shape of the base weight, ``[out_features, in_features]``.
         in_place: True if the delta writes its values into the base weight (one such delta per base).
-        tensor_names: the parameters and buffers an adapter file stores, in the order they are written.
+        stored: what an adapter file stores, key in the file to attribute, in the order it is written.
     """
 
-    tensor_names: ClassVar[tuple[str, ...]] = ()
+    stored: ClassVar[dict[str, str]] = {}
     in_place: bool = False
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -61,5 +62,20 @@ class Delta(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define changes_anything()")
 
     def tensors(self) -> dict[str, Tensor]:
-        """What an adapter file stores of this delta, by :attr:`tensor_names`."""
-        return {name: getattr(self, name).detach() for name in self.tensor_names}
+        """What an adapter file stores of this delta, by key in the file."""
+        return {key: getattr(self, attribute).detach() for key, attribute in self.stored.items()}
+
+    def load(self, tensors: Mapping[str, Tensor], where: str) -> Delta:
+        """Take the values of an adapter file's ``tensors``; returns self.
+
+        Raises:
+            ValueError: a tensor is missing, unknown or of another shape; the message starts with ``where``.
+        """
+        if set(tensors) != set(self.stored):
+            raise ValueError(f"{where}: wanted tensors {sorted(self.stored)}, got {sorted(tensors)}; the file is incomplete")
+        for key, attribute in self.stored.items():
+            held = getattr(self, attribute)
+            if held.shape != tensors[key].shape:
+                raise ValueError(f"{where}.{key}: wanted shape {tuple(held.shape)}, got {tuple(tensors[key].shape)}")
+            held.data.copy_(tensors[key])
+        return self

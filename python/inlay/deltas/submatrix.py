@@ -42,7 +42,7 @@ class SubmatrixDelta(Delta):
     Weight decay on ``values`` pulls towards the base weights.
     """
 
-    tensor_names = ("s2ft_values", "s2ft_indices")
+    stored = {"s2ft_values": "s2ft_values", "s2ft_indices": "s2ft_indices"}
 
     def __init__(self, weight: Tensor, indices: Tensor, side: Side = "in", where: str = "submatrix") -> None:
         out_features, in_features = weight.shape
@@ -108,7 +108,7 @@ class InPlaceSubmatrixDelta(SubmatrixDelta):
     """
 
     in_place = True
-    tensor_names = ("s2ft_values", "s2ft_indices", "s2ft_original")
+    stored = {**SubmatrixDelta.stored, "s2ft_original": "s2ft_original"}
 
     def __init__(self, weight: Tensor, indices: Tensor, side: Side = "in", where: str = "submatrix") -> None:
         super().__init__(weight, indices, side, where)

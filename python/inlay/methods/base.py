@@ -26,6 +26,12 @@ def check_keys(cls: type, given: Iterable[str]) -> None:
             raise TypeError(f"{cls.__name__} has no option {key!r}; {mean}it takes {known}")
 
 
+def check_one_of(option: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{option}: wanted one of {tuple(allowed)}, got {value!r}")
+
+
 @dataclass
 class Method:
     """Base of all method configs. Field names follow PEFT's.
@@ -57,6 +63,10 @@ class Method:
         """The options as JSON-able values."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
         return {k: list(v) if isinstance(v, tuple | set) else v for k, v in values.items()}
+
+    def peft_fields(self, targets: Sequence[str]) -> dict[str, Any]:
+        """The options as PEFT's config of this ``peft_type`` would store them; ``targets``: the tuned modules' names."""
+        return self.to_dict()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Method:

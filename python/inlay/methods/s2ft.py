@@ -17,7 +17,7 @@ from ..bases.linear import out_in_view
 from ..deltas import Delta, InPlaceSubmatrixDelta, SubmatrixDelta
 from ..select import activation_scores, expand_groups, gradient_scores, pick_groups, random_groups, weight_scores
 from ..targets import INPUT_SIDE_ROLES, resolve, role_of, suffix_match
-from .base import Calibration, Method
+from .base import Calibration, Method, check_one_of
 from .heads import head_dim_of
 
 STRATEGIES = ("random", "weight", "activation", "product", "gradient")
@@ -52,11 +52,11 @@ class S2FT(Method):
     update: Literal["additive", "in_place"] = "additive"
 
     def __post_init__(self) -> None:
-        _one_of("strategy", self.strategy, STRATEGIES)
-        _one_of("select", self.select, ("largest", "smallest"))
-        _one_of("update", self.update, ("additive", "in_place"))
+        check_one_of("strategy", self.strategy, STRATEGIES)
+        check_one_of("select", self.select, ("largest", "smallest"))
+        check_one_of("update", self.update, ("additive", "in_place"))
         for value in self.side.values() if isinstance(self.side, dict) else [self.side]:
-            _one_of("side", value, ("auto", "in", "out"))
+            check_one_of("side", value, ("auto", "in", "out"))
         for value in self.ratio.values() if isinstance(self.ratio, dict) else [self.ratio]:
             if not 0 < value <= 1:
                 raise ValueError(f"ratio: wanted a fraction in (0, 1], got {value}; 0.03 trains 3% of the channels")
@@ -93,13 +93,9 @@ class S2FT(Method):
         return side if side != "auto" else ("in" if role_of(name) in INPUT_SIDE_ROLES else "out")
 
     def restore(self, module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Delta:
-        delta = self._build(module, indices=tensors["s2ft_indices"], where=where)
-        for name, tensor in tensors.items():
-            held = getattr(delta, name)
-            if held.shape != tensor.shape:
-                raise ValueError(f"{where}.{name}: wanted shape {tuple(held.shape)}, got {tuple(tensor.shape)}")
-            held.data.copy_(tensor)
-        return delta
+        if "s2ft_indices" not in tensors:
+            raise ValueError(f"{where}: wanted s2ft_indices, got {sorted(tensors)}; the file is incomplete")
+        return self._build(module, indices=tensors["s2ft_indices"], where=where).load(tensors, where)
 
     def _build(self, module: nn.Module, *, indices: Tensor, where: str) -> Delta:
         delta = InPlaceSubmatrixDelta if self.update == "in_place" else SubmatrixDelta
@@ -136,11 +132,6 @@ class S2FT(Method):
         if not 0 < channels <= total or channels % size:
             raise ValueError(f"{name}: channels must be a multiple of {size} in [{size}, {total}], got {channels}")
         return channels // size
-
-
-def _one_of(option: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{option}: wanted one of {allowed}, got {value!r}")
 
 
 def _for_target(option: Any, name: str, what: str, default: Any) -> Any:

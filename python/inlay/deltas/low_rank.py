@@ -1,0 +1,67 @@
+"""The low-rank delta: ``ΔW = s·B·A``.
+
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, arXiv:2106.09685.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.lora_linear import lora_linear, swiglu_lora_linear
+from .base import Delta
+
+
+class LowRankDelta(Delta):
+    """``y = base(x) + s·(dropout(x)·Aᵀ)·Bᵀ`` with A Kaiming-uniform and B zero, both fp32.
+
+    Args:
+        weight: the base weight, viewed as ``[out, in]``; only its shape, device and width of dtype are used.
+        r: rank. scale: s. dropout: probability with which elements of x are dropped in training.
+        generator: where A is drawn from.
+    """
+
+    stored = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}  # PEFT keeps each factor in a Linear
+
+    def __init__(
+        self, weight: Tensor, r: int, scale: float, dropout: float = 0.0, generator: torch.Generator | None = None
+    ) -> None:
+        out_features, in_features = weight.shape
+        super().__init__(in_features, out_features)
+        self.scale, self.dropout = scale, dropout
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        bound = 1 / math.sqrt(in_features)  # Kaiming-uniform with a = sqrt(5), as torch initializes a Linear
+        drawn = torch.rand(r, in_features, generator=generator) * (2 * bound) - bound
+        self.lora_A = nn.Parameter(drawn.to(weight.device, dtype))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, r, dtype=dtype, device=weight.device))
+
+    def _dropped(self, x: Tensor) -> Tensor | None:
+        return nn.functional.dropout(x, self.dropout) if self.training and self.dropout > 0 else None
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        dropped = self._dropped(x)
+        inner = (x if dropped is None else dropped).to(self.lora_A.dtype) @ self.lora_A.t()
+        return (y + self.scale * (inner @ self.lora_B.t())).to(y.dtype)
+
+    def linear(self, x: Tensor, base: type, *tensors: Tensor | None) -> Tensor:
+        return lora_linear(x, self.lora_A, self.lora_B, self.scale, base, *tensors, dropped=self._dropped(x))
+
+    def gated_linear(self, gate: Tensor, up: Tensor, act: str, base: type, *tensors: Tensor | None) -> Tensor:
+        if self.training and self.dropout > 0:  # dropout makes another tensor of the product; nothing to rebuild
+            return super().gated_linear(gate, up, act, base, *tensors)
+        return swiglu_lora_linear(gate, up, act, self.lora_A, self.lora_B, self.scale, base, *tensors)
+
+    def weight_delta(self) -> Tensor:
+        return self.scale * (self.lora_B.detach() @ self.lora_A.detach())
+
+    def changes_anything(self) -> bool:
+        return bool(self.lora_B.detach().any())
+
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        """``s`` is folded into B, so that the product needs no scaling."""
+        return self.lora_A.detach().clone(), self.scale * self.lora_B.detach()
+
+    def extra_repr(self) -> str:
+        return f"r={self.lora_A.shape[0]}, scale={self.scale:g}, dropout={self.dropout:g}"

@@ -1,0 +1,83 @@
+"""LoRA, on dense and quantized bases (QLoRA), with LoftQ initialization.
+
+Sources: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; Dettmers et al., "QLoRA: Efficient
+Finetuning of Quantized LLMs", 2023; Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
+2023 (``use_rslora``); Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", 2023.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..bases.linear import out_in_view
+from ..deltas import Delta, LowRankDelta
+from ..targets import resolve
+from .base import Calibration, Method, check_one_of
+
+
+@dataclass
+class LoRA(Method):
+    """Train ``ΔW = s·B·A`` of rank ``r`` on the targeted linears.
+
+    Attributes:
+        r: rank.
+        lora_alpha: ``s = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``.
+        lora_dropout: dropout on the input of A, in training.
+        use_rslora: rank-stabilized scaling.
+        init: "default" (A Kaiming-uniform, B zero), or "loftq", which needs a quantized base.
+        loftq_iterations: T of LoftQ.
+        target_modules: None means "all-linear".
+    """
+
+    peft_type: ClassVar[str] = "LORA"
+
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    init: str = "default"
+    loftq_iterations: int = 5
+
+    def __post_init__(self) -> None:
+        check_one_of("init", self.init, ("default", "loftq"))
+        if self.r < 1:
+            raise ValueError(f"r: wanted a rank of 1 or more, got {self.r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout: wanted a probability in [0, 1), got {self.lora_dropout}")
+        if self.loftq_iterations < 1:
+            raise ValueError(f"loftq_iterations: wanted 1 or more, got {self.loftq_iterations}")
+
+    @property
+    def scale(self) -> float:
+        """What ``B·A`` is multiplied by."""
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+    def targets(self, model: nn.Module) -> list[str]:
+        return resolve(
+            model,
+            self.target_modules if self.target_modules is not None else "all-linear",
+            exclude_modules=self.exclude_modules,
+            layers_to_transform=self.layers_to_transform,
+        )
+
+    def place(self, model: nn.Module, calibration: Calibration | None) -> dict[str, Callable[[nn.Module], Delta]]:
+        return {name: partial(self._build, where=name) for name in self.targets(model)}
+
+    def restore(self, module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Delta:
+        return self._build(module, where=where).load(tensors, where)
+
+    def peft_fields(self, targets: Sequence[str]) -> dict[str, Any]:
+        ours = ("init", "loftq_iterations", "seed")
+        fields = {key: value for key, value in self.to_dict().items() if key not in ours}
+        return {**fields, "target_modules": sorted(targets), "exclude_modules": None, "layers_to_transform": None}
+
+    def _build(self, module: nn.Module, *, where: str) -> LowRankDelta:
+        generator = torch.Generator().manual_seed((self.seed << 32) ^ zlib.crc32(where.encode()))
+        return LowRankDelta(out_in_view(module), self.r, self.scale, self.lora_dropout, generator)

@@ -1,0 +1,131 @@
+"""LoRA on any base: y = base(x) + s·(xl·Aᵀ)·Bᵀ (Hu et al., 2021, arXiv:2106.09685), with its backward by hand.
+
+  xa  = xl·Aᵀ              [M, r], kept: 2r bytes a token instead of a second read of xl
+  dyb = s·dy·B             [M, r], computed once for both uses below
+  dB  = s·dyᵀ·xa           dA = dybᵀ·xl           both summed and returned in fp32
+  dx  = base dx + dyb·A    added into the base's dx, no second [M, in] tensor
+
+xl is x, or x after dropout. A [r, in] and B [out, r] are fp32 and are used in x's dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from inlay.ops._registry import as_rows, check_device, check_floating, compute_dtype, fail, without_autocast
+from inlay.ops.submatrix import submatrix_grad
+from inlay.ops.submatrix_linear import cast_for_autocast
+from inlay.ops.swiglu import swiglu_backward, swiglu_forward
+
+
+def _check(x: Tensor, a: Tensor, b: Tensor) -> None:
+    check_floating("lora_linear", "x", x)
+    check_device("lora_linear", "A", a, "x", x)
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[1] != x.shape[-1]:
+        got = f"A {tuple(a.shape)}, B {tuple(b.shape)}"
+        fail("lora_linear", "A, B", f"[r, {x.shape[-1]}] and [out, r]", got, "match the factors to the base weight")
+    if a.dtype != compute_dtype(x) or b.dtype != a.dtype:
+        fail("lora_linear", "A, B", str(compute_dtype(x)), f"{a.dtype}, {b.dtype}", "keep trainables in fp32", TypeError)
+
+
+def _add_forward(y: Tensor, xl: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """y += s·(xl·Aᵀ)·Bᵀ in y's memory; returns xa [M, r]."""
+    xa = as_rows(xl).mm(a.to(xl.dtype).t())
+    y.view(-1, y.shape[-1]).addmm_(xa, (b * scale).to(xl.dtype).t())
+    return xa
+
+
+def _gradients(
+    dy: Tensor, xl: Tensor, xa: Tensor, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dA fp32 [r, in], dB fp32 [out, r] and dyb [M, r]."""
+    rows = as_rows(dy)
+    dyb = rows.mm((b * scale).to(dy.dtype))
+    return submatrix_grad(dyb, as_rows(xl)), submatrix_grad(rows, xa).mul_(scale), dyb
+
+
+class _LoRALinear(Function):
+    @staticmethod
+    @without_autocast
+    def forward(
+        ctx: Any, x: Tensor, dropped: Tensor | None, a: Tensor, b: Tensor, scale: float, base: Any, *tensors: Tensor
+    ) -> Tensor:
+        y = base.forward(x, *tensors)
+        xl = x if dropped is None else dropped
+        xa = _add_forward(y, xl, a, b, scale)
+        ctx.save_for_backward(xl, xa, a, b, *tensors)
+        ctx.scale, ctx.base, ctx.count = scale, base, len(tensors)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        xl, xa, a, b, *tensors = ctx.saved_tensors
+        da, db, dyb = _gradients(dy, xl, xa, a, b, ctx.scale)
+        dx = ddropped = None
+        if ctx.needs_input_grad[0]:
+            dx = ctx.base.backward_input(dy, *tensors)
+        if ctx.needs_input_grad[1]:
+            ddropped = dyb.mm(a.to(dyb.dtype)).view(xl.shape)
+        elif dx is not None:
+            dx.view(-1, dx.shape[-1]).addmm_(dyb, a.to(dyb.dtype))
+        return dx, ddropped, da, db, None, None, *([None] * ctx.count)
+
+
+class _SwiGLULoRALinear(Function):
+    """The down projection of a gated MLP: keeps gate and up, rebuilds act(gate)·up for dA."""
+
+    @staticmethod
+    @without_autocast
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor, act: str, a: Tensor, b: Tensor, scale: float, base: Any, *tensors: Tensor
+    ) -> Tensor:
+        h = swiglu_forward(gate, up, act)
+        y = base.forward(h, *tensors)
+        xa = _add_forward(y, h, a, b, scale)
+        ctx.save_for_backward(gate, up, xa, a, b, *tensors)
+        ctx.act, ctx.scale, ctx.base, ctx.count = act, scale, base, len(tensors)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, xa, a, b, *tensors = ctx.saved_tensors
+        h = swiglu_forward(gate, up, ctx.act)
+        da, db, dyb = _gradients(dy, h, xa, a, b, ctx.scale)
+        del h
+        dgate = dup = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            dh = ctx.base.backward_input(dy, *tensors)
+            dh.view(-1, dh.shape[-1]).addmm_(dyb, a.to(dyb.dtype))
+            dgate, dup, _ = swiglu_backward(dh, gate, up, ctx.act, None)
+        return dgate, dup, None, da, db, None, None, *([None] * ctx.count)
+
+
+def lora_linear(
+    x: Tensor, a: Tensor, b: Tensor, scale: float, base: Any, *tensors: Tensor | None, dropped: Tensor | None = None
+) -> Tensor:
+    """base(x) + scale·(x·Aᵀ)·Bᵀ for x [..., in], A fp32 [r, in], B fp32 [out, r]; differentiable in x, A and B.
+
+    dropped: what the low-rank branch reads instead of x (x after dropout), in x's shape.
+    """
+    x, tensors = cast_for_autocast(x, base, tensors)
+    _check(x, a, b)
+    dropped = dropped if dropped is None else dropped.to(x.dtype)
+    return _LoRALinear.apply(x, dropped, a, b, scale, base, *tensors)
+
+
+def swiglu_lora_linear(
+    gate: Tensor, up: Tensor, act: str, a: Tensor, b: Tensor, scale: float, base: Any, *tensors: Tensor | None
+) -> Tensor:
+    """lora_linear of act(gate)·up [..., in], which is rebuilt in the backward, never kept."""
+    gate, tensors = cast_for_autocast(gate, base, tensors)
+    _check(gate, a, b)
+    return _SwiGLULoRALinear.apply(gate, up.to(gate.dtype), act, a, b, scale, base, *tensors)

@@ -1,0 +1,153 @@
+"""x·dequant(W)ᵀ + b and its input gradient, straight from four-bit storage.
+
+Up to SMALL_ROWS rows of x, one kernel decodes weights in registers and never writes them: fp32 level·absmax, fp32
+products and sums, one rounding. Above that, panels of W are dequantized into a reused workspace that stays in cache
+and torch.matmul takes each: weights round once to x's dtype, as bitsandbytes' do. No dense copy outlives the call.
+
+  forward         panels of rows:     y[:, r]  = x · W[r]ᵀ + b[r]
+  backward_input  panels of columns:  dx[:, c] = dy · W[:, c]         each panel is final, so nothing is added in bf16
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from inlay._native import module
+from inlay.ops._registry import as_rows, check_device, check_floating, raw_op
+from inlay.ops.quantize_blockwise import check_packed, dequantize_4bit_, dynamic_map, levels
+
+#: Rows of x up to which decoding in registers wins over dequantizing a panel for torch.matmul; measured on a CPU with
+#: AMX at 4096 x 4096 by benchmarks/ops/bench_quantized_linear.py.
+SMALL_ROWS = 16
+
+#: Bytes of one dequantized panel: it has to stay in a core's L2 (1 to 2 MiB) shared by two or more cores.
+PANEL_BYTES = 4 << 20
+
+_workspaces = threading.local()
+
+
+def workspace(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A reused scratch tensor of at least `numel` elements, one per thread, dtype and device; grows, never shrinks."""
+    held: dict = _workspaces.__dict__.setdefault("held", {})
+    if (dtype, device) not in held or held[dtype, device].numel() < numel:
+        held[dtype, device] = torch.empty(max(numel, 1), dtype=dtype, device=device)
+    return held[dtype, device][:numel]
+
+
+def _native(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    codes: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    rows: int,
+) -> Tensor:
+    y = torch.empty(x.shape[0], rows, dtype=x.dtype)
+    table = dynamic_map() if codes is not None else None
+    bias = bias if bias is None else bias.to(x.dtype).contiguous()
+    module().quantized_linear(
+        y, x.contiguous(), packed.reshape(-1), levels(quant_type), absmax, codes, table, offset, bias, blocksize
+    )
+    return y
+
+
+def _fake(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    codes: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    rows: int,
+) -> Tensor:
+    return x.new_empty(x.shape[0], rows)
+
+
+@raw_op(native=_native, fake=_fake)
+def quantized_linear_small(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    codes: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    rows: int,
+) -> Tensor:
+    """x [M, K] · W [rows, K]ᵀ + bias -> [M, rows] with fp32 weights, products and sums, rounded once."""
+    weight = torch.empty(rows, x.shape[1], dtype=torch.float32, device=x.device)
+    dequantize_4bit_(weight, packed, absmax, codes, offset, quant_type, blocksize, x.shape[1], 0, 0)
+    wide = None if bias is None else bias.float()
+    return functional.linear(x.float(), weight, wide).to(x.dtype)
+
+
+def quantized_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    codes: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    rows: int,
+) -> Tensor:
+    """x [..., K] · dequant(W)ᵀ + bias -> [..., rows]; no autograd.
+
+    Args:
+        x: float32, bfloat16 or float16. packed: uint8, bitsandbytes' layout of W [rows, K].
+        absmax, codes, offset: the scales, see :func:`inlay.ops.quantize_blockwise.dequantize_4bit_`.
+        bias: [rows] or None.
+    """
+    check_floating("quantized_linear", "x", x)
+    check_device("quantized_linear", "packed", packed, "x", x)
+    columns = x.shape[-1]
+    check_packed("quantized_linear", packed, absmax, codes, blocksize, rows, columns)
+    flat = as_rows(x)
+    if flat.shape[0] <= SMALL_ROWS:
+        y = quantized_linear_small(flat, packed, absmax, codes, offset, bias, quant_type, blocksize, rows)
+        return y.view(*x.shape[:-1], rows)
+    height = max(1, PANEL_BYTES // (columns * x.element_size()))
+    panels = []
+    for row in range(0, rows, height):
+        count = min(height, rows - row)
+        panel = workspace(count * columns, x.dtype, x.device).view(count, columns)
+        dequantize_4bit_(panel, packed, absmax, codes, offset, quant_type, blocksize, columns, row, 0)
+        part = None if bias is None else bias[row : row + count].to(x.dtype)
+        panels.append(functional.linear(flat, panel, part))
+    y = panels[0] if len(panels) == 1 else torch.cat(panels, dim=1)
+    return y.view(*x.shape[:-1], rows)
+
+
+def quantized_linear_backward_input(
+    dy: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    codes: Tensor | None,
+    offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    columns: int,
+) -> Tensor:
+    """dy [..., N] · dequant(W [N, columns]) -> dx [..., columns]; no autograd."""
+    rows = dy.shape[-1]
+    flat = as_rows(dy)
+    width = max(1, PANEL_BYTES // (rows * dy.element_size()))
+    panels = []
+    for column in range(0, columns, width):
+        count = min(width, columns - column)
+        panel = workspace(rows * count, dy.dtype, dy.device).view(rows, count)
+        dequantize_4bit_(panel, packed, absmax, codes, offset, quant_type, blocksize, columns, 0, column)
+        panels.append(flat.mm(panel))
+    dx = panels[0] if len(panels) == 1 else torch.cat(panels, dim=1)
+    return dx.view(*dy.shape[:-1], columns)
