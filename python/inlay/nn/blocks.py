@@ -1,7 +1,7 @@
 """Fused blocks: RMS norms and gated MLPs that keep for backward only what cannot be rebuilt.
 
-    RMSNorm    keeps x and rstd [M]             instead of two fp32 copies of x
-    gated MLP  keeps gate and up                instead of gate, act(gate), up and their product
+RMSNorm    keeps x and rstd [M]             instead of two fp32 copies of x
+gated MLP  keeps gate and up                instead of gate, act(gate), up and their product
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class FusedGatedMLP(Mixed):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if isinstance(self.down_proj, TunedLinear):
+        if isinstance(self.down_proj, TunedLinear) and not self.down_proj.watched:
             return self.down_proj.forward_gated(gate, up, self.inlay_act)
         return self.down_proj(swiglu(gate, up, self.inlay_act))
 
@@ -93,8 +93,7 @@ def install_blocks(model: nn.Module) -> dict[str, int]:
         for mixin, settings_of in FUSIONS:
             key = (mixin, type(module), _signature(module))
             if key not in proven:
-                with torch.random.fork_rng(devices=[]):  # building layers to probe with draws random numbers
-                    proven[key] = settings_of(module)
+                proven[key] = _settings_in_both_modes(module, settings_of)
             if proven[key] is not None:
                 mix(module, mixin)
                 for name, value in proven[key].items():
@@ -104,8 +103,25 @@ def install_blocks(model: nn.Module) -> dict[str, int]:
     return counts
 
 
+def _settings_in_both_modes(module: nn.Module, settings_of: Callable[[nn.Module], dict | None]) -> dict | None:
+    """What ``settings_of`` proves of ``module`` in training and eval mode alike: dropout shows in one of them only."""
+    modes = {part: part.training for part in module.modules()}
+    found = []
+    with torch.random.fork_rng(devices=[]):  # building layers to probe with draws random numbers
+        try:
+            for mode in (True, False):
+                for part in modes:
+                    part.training = mode
+                found.append(settings_of(module))
+        finally:
+            for part, mode in modes.items():
+                part.training = mode
+    return found[0] if found[0] == found[1] else None
+
+
 def _signature(module: nn.Module) -> tuple:
-    """What tells two modules of one class apart: plain attributes, children's classes, whether it is training."""
+    """What tells two modules of one class apart: plain attributes and children's classes."""
     plain = {k: v for k, v in module.__dict__.items() if isinstance(v, bool | int | float | str)}
     plain.pop("layer_idx", None)
+    plain.pop("training", None)
     return tuple(sorted(plain.items())), tuple((n, type(m)) for n, m in module.named_children())

@@ -21,14 +21,16 @@ class LogitsNotKeptError(AttributeError):
 
 
 class DeferredLogits:
-    """``hidden·Wᵀ + b``, not computed. Any use as a tensor before the loss computes it; after it, raises.
+    """``hidden·Wᵀ + b``, not computed. Any use as a tensor before the loss computes it, once; after it, raises.
 
     Attributes:
         hidden: ``[..., H]``, the head's input. head: the output head, ``[V, H]``.
+        computed: the logits, if something has used them.
     """
 
     def __init__(self, hidden: Tensor, head: nn.Linear) -> None:
         self.hidden, self.head = hidden, head
+        self.computed: Tensor | None = None
         self.consumed = False
 
     def materialize(self) -> Tensor:
@@ -42,33 +44,52 @@ class DeferredLogits:
                 "outputs.logits is not kept in training mode: inlay computed the loss from hidden states in chunks; "
                 "pass fused_loss=False to inlay.tune (or call model.eval()) to get logits"
             )
-        return nn.functional.linear(self.hidden, self.head.weight, self.head.bias)
+        if self.computed is None:
+            self.computed = nn.functional.linear(self.hidden, self.head.weight, self.head.bias)
+        return self.computed
+
+    def contiguous(self) -> DeferredLogits:
+        """Itself: the product will be (OPT asks before its loss)."""
+        return self
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        real = [a.materialize() if isinstance(a, cls) else a for a in args]
-        named = {k: v.materialize() if isinstance(v, cls) else v for k, v in (kwargs or {}).items()}
-        return func(*real, **named)
+        return func(*_materialized(args), **_materialized(kwargs or {}))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.materialize(), name)
 
+    def __hash__(self) -> int:
+        return id(self)  # as tensors do, since == compares values
+
     def __repr__(self) -> str:
         state = "consumed by the fused loss" if self.consumed else "not computed yet"
         return f"DeferredLogits({tuple(self.hidden.shape[:-1])} x {self.head.out_features}, {state})"
 
 
+def _materialized(value: Any) -> Any:
+    """``value`` with the logits in it computed; torch functions take them alone, in lists (stack) and by name."""
+    if isinstance(value, DeferredLogits):
+        return value.materialize()
+    if isinstance(value, dict):
+        return {key: _materialized(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_materialized(item) for item in value)
+    return value
+
+
 def _operator(name: str):
     def apply(self: DeferredLogits, *args: Any) -> Any:
-        return getattr(self.materialize(), name)(*args)
+        return getattr(self.materialize(), name)(*_materialized(args))
 
     apply.__name__ = name
     return apply
 
 
-for _name in "add radd sub rsub mul rmul truediv rtruediv neg pow getitem matmul".split():
+_OPERATORS = "add radd sub rsub mul rmul truediv rtruediv neg abs pow matmul getitem len iter eq ne lt le gt ge"
+for _name in _OPERATORS.split():
     setattr(DeferredLogits, f"__{_name}__", _operator(f"__{_name}__"))
 
 
@@ -144,7 +165,7 @@ def fused_loss(
             ignore_index=ignore_index,
             bias=bias,
         )
-    logits.consumed = True
+    logits.consumed, logits.computed = True, None
     return loss
 
 

@@ -74,6 +74,12 @@ class TunedLinear(nn.Linear):
             return active[0].gated_linear(gate, up, act, self.base, self.weight, self.bias)
         return self(swiglu(gate, up, act))
 
+    @property
+    def watched(self) -> bool:
+        """True if hooks, or a ``forward`` put in place of ours, rely on calls of this module."""
+        hooks = (self._forward_pre_hooks, self._forward_hooks, self._backward_pre_hooks, self._backward_hooks)
+        return any(hooks) or "forward" in self.__dict__
+
     def active_deltas(self) -> list[Delta]:
         """The deltas a forward applies, in the order they were activated."""
         return [self.deltas[name] for name in self.active if name in self.deltas]
