@@ -12,9 +12,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-_TOLERANCE = (
-    2e-5  # fp32, relative to the largest output: a few roundings in another order; semantics differ by far more
-)
+#: fp32, relative to the largest output: a few roundings in another order; semantics differ by far more.
+_TOLERANCE = 2e-5
 
 
 def shallow(module: nn.Module, children: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> nn.Module:
