@@ -7,6 +7,10 @@
 #if defined(INLAY_HAVE_avx2)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #define INLAY_OP(name, args) void name args;
 namespace inlay {
@@ -18,6 +22,9 @@ namespace avx2 {
 #include "ops.h"
 }
 namespace avx512 {
+#include "ops.h"
+}
+namespace amx {
 #include "ops.h"
 }
 #endif
@@ -49,6 +56,13 @@ constexpr KernelTable kAvx512 = {
 };
 #undef INLAY_OP
 
+#define INLAY_OP(name, args) &amx::name,
+constexpr KernelTable kAmx = {
+    "amx",
+#include "ops.h"
+};
+#undef INLAY_OP
+
 // XCR0: which registers the operating system saves. A CPU flag without it means a fault at the first use.
 uint64_t saved_registers() {
   uint32_t low = 0, high = 0;
@@ -56,8 +70,18 @@ uint64_t saved_registers() {
   return (uint64_t(high) << 32) | low;
 }
 
+// Linux hands out the 8 KB of tile registers on request only; the permission is the process's.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 struct CpuFeatures {
-  bool avx2 = false, avx512 = false;
+  bool avx2 = false, avx512 = false, amx = false;
 
   CpuFeatures() {
     unsigned a = 0, b = 0, c = 0, d = 0;
@@ -68,7 +92,10 @@ struct CpuFeatures {
     constexpr uint64_t kYmm = 0x6, kZmm = 0xe6;
     constexpr unsigned kAvx512 = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // f, dq, bw, vl
     avx2 = (saved & kYmm) == kYmm && fma && f16c && (b & (1u << 5));
+    constexpr uint64_t kTiles = 0x60000;
+    constexpr unsigned kAmx = (1u << 22) | (1u << 24);  // bf16, tile
     avx512 = avx2 && (saved & kZmm) == kZmm && (b & kAvx512) == kAvx512;
+    amx = avx512 && (saved & kTiles) == kTiles && (d & kAmx) == kAmx && may_use_tiles();
   }
 };
 
@@ -83,6 +110,7 @@ std::vector<const KernelTable*> available() {
 #if defined(INLAY_HAVE_avx2)
   if (cpu().avx2) tables.push_back(&kAvx2);
   if (cpu().avx512) tables.push_back(&kAvx512);
+  if (cpu().amx) tables.push_back(&kAmx);
 #endif
   return tables;
 }
@@ -124,7 +152,7 @@ std::vector<std::string> available_isas() {
 std::vector<std::string> built_isas() {
   std::vector<std::string> names = {"scalar"};
 #if defined(INLAY_HAVE_avx2)
-  names.insert(names.end(), {"avx2", "avx512"});
+  names.insert(names.end(), {"avx2", "avx512", "amx"});
 #endif
   return names;
 }

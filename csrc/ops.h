@@ -56,3 +56,13 @@ INLAY_OP(cross_entropy_chunk, (const TensorView& loss, const TensorView& logits,
 INLAY_OP(adamw_step, (const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
                       const TensorList& exp_avg_sqs, double lr, double beta1, double beta2, double eps,
                       double weight_decay, int64_t step, double grad_scale))
+
+// Gradients of softmax(q·kᵀ·scale, causal)·v, from out and the rows' logsumexp:
+//   P = exp(q·kᵀ·scale − lse)   dS = P·(dout·vᵀ − rowsum(dout·out))·scale   dq = dS·k   dk = dSᵀ·q   dv = Pᵀ·dout
+// dq, dout, q, out bf16 [B, H, T, D]; k, v bf16 [B, G, T, D], H a multiple of G; lse f32 [B, H, T];
+// dk, dv f32 [B, H, T, D], one part per query head (the caller adds those of a group). D a multiple of 32, unit
+// stride along D (and T for lse). P and dS are rounded to bf16 for the products. Exists at isa amx only.
+INLAY_OP(causal_attention_backward,
+         (const TensorView& dq, const TensorView& dk, const TensorView& dv, const TensorView& dout,
+          const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out,
+          const TensorView& lse, double scale))

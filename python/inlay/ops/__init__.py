@@ -2,6 +2,7 @@
 
 from inlay.ops._registry import force_path
 from inlay.ops.adamw import adamw_step_
+from inlay.ops.attention import causal_attention
 from inlay.ops.base_products import DenseBase, DenseBaseT
 from inlay.ops.cross_entropy import linear_cross_entropy
 from inlay.ops.rms_norm import rms_norm
@@ -14,6 +15,7 @@ __all__ = [
     "DenseBase",
     "DenseBaseT",
     "adamw_step_",
+    "causal_attention",
     "force_path",
     "linear_cross_entropy",
     "rms_norm",
