@@ -6,6 +6,7 @@ that one runtime. The other order can put two OpenMP runtimes, hence two thread 
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import warnings
@@ -17,8 +18,7 @@ _C: ModuleType | None
 missing_reason: str | None = None  # why `_C` is None, in words for an error message
 
 try:
-    from inlay import _C as _loaded
-
+    _loaded = importlib.import_module("inlay._C")
     _loaded.init_dtypes({getattr(torch, name): name for name in _loaded.dtype_names()})
     _C = _loaded
 except ImportError as error:

@@ -37,11 +37,6 @@ class TuneState:
     base_sample: dict[str, list[float]] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, model: nn.Module, names: list[str]) -> TuneState:
-        """The state of a model about to be tuned at ``names``."""
-        return cls(base_sample=sample_weights(model, names))
-
 
 def state_of(model: nn.Module) -> TuneState | None:
     """The tune state of ``model``, or None if it is not tuned."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .bases import BaseConfig, QuantizedLinear
 from .deltas import Delta
 from .methods import Calibration, Method
-from .model import TuneState, make_tuned, state_of
+from .model import TuneState, make_tuned, sample_weights, state_of
 from .nn.blocks import install_blocks
 from .nn.head import install_head
 from .nn.tuned_linear import TunedLinear
+from .nn.tuned_quantized import tuned
 
 DEFAULT_ADAPTER = "default"
 
@@ -19,6 +21,7 @@ def tune(
     model: nn.Module,
     method: Method,
     *,
+    base: str | BaseConfig | None = None,
     adapter_name: str = DEFAULT_ADAPTER,
     calibration: Calibration | None = None,
     fused_blocks: bool = True,
@@ -30,8 +33,11 @@ def tune(
     gains ``print_trainable_parameters``, an adapter-only ``save_pretrained``, ``set_adapter`` and the like.
 
     Args:
-        model: any module with ``nn.Linear`` or transformers ``Conv1D`` submodules, weights loaded, dense.
+        model: any module with ``nn.Linear`` or transformers ``Conv1D`` submodules, weights loaded, dense or quantized
+            by inlay.
         method: what to train, e.g. ``inlay.S2FT(ratio=0.03)``.
+        base: "nf4", "fp4", "int8" or a :class:`inlay.BaseConfig`: quantize the frozen linears first (QLoRA). None
+            leaves each as it is. Then the model changes by exactly the quantization error.
         adapter_name: name of the new adapter, which becomes the active one.
         calibration: batches of forward arguments, for methods that select by activation or gradient.
         fused_blocks: replace norms, gated MLPs and attention by the fused modules that partial backpropagation
@@ -55,7 +61,12 @@ def tune(
     for name in builders:
         check_tunable(model, name)
     deltas = {name: build(model.get_submodule(name)) for name, build in builders.items()}
-    return attach(model, method, deltas, adapter_name, fused_blocks=fused_blocks, fused_loss=fused_loss)
+    sample = sample_weights(model, list(deltas))
+    if base is not None:
+        method.quantize(model, BaseConfig.of(base), deltas)
+    return attach(
+        model, method, deltas, adapter_name, sample=sample, fused_blocks=fused_blocks, fused_loss=fused_loss
+    )
 
 
 def attach(
@@ -64,6 +75,7 @@ def attach(
     deltas: dict[str, Delta],
     adapter_name: str,
     *,
+    sample: dict[str, list[float]],
     fused_blocks: bool = True,
     fused_loss: bool = True,
 ) -> nn.Module:
@@ -72,24 +84,24 @@ def attach(
     if state is None:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        state = TuneState.of(model, list(deltas))
+        state = TuneState(base_sample=sample)
     wrapped = {name: _wrap(model, name) for name in deltas}
     for name, delta in deltas.items():
         wrapped[name].add_delta(adapter_name, delta)
     state.methods[adapter_name] = method
-    tuned = make_tuned(model, state)
+    make_tuned(model, state)
     if fused_blocks:
-        install_blocks(tuned)
+        install_blocks(model)
     if fused_loss:
-        install_head(tuned)
-    tuned.set_adapter(adapter_name)
-    return tuned
+        install_head(model)
+    model.set_adapter(adapter_name)
+    return model
 
 
 def check_tunable(model: nn.Module, name: str) -> None:
     """Raise ValueError if a delta on the linear ``name`` would do nothing or something wrong."""
     module = model.get_submodule(name)
-    if isinstance(module, TunedLinear):
+    if isinstance(module, TunedLinear | QuantizedLinear):
         return
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
@@ -138,7 +150,7 @@ def _wrap(model: nn.Module, name: str) -> TunedLinear:
     module = model.get_submodule(name)
     if isinstance(module, TunedLinear):
         return module
-    tuned = TunedLinear(module)
+    wrapped = tuned(module)
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent) if parent else model, leaf, tuned)
-    return tuned
+    setattr(model.get_submodule(parent) if parent else model, leaf, wrapped)
+    return wrapped

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..bases.linear import is_conv1d
 from ..model import require_state, tuned_linears
-from .files import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME, peft_keys, write_json, write_tensors
+from .files import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME, peft_keys, read_json, write_files
 
 FORMATS = ("peft-lora",)
 
@@ -25,7 +25,8 @@ def export(model: nn.Module, directory: str | Path, *, format: str = "peft-lora"
 
     Raises:
         TypeError: the model is not tuned.
-        ValueError: unknown format; not one adapter; or a delta that no LoRA factors express exactly.
+        ValueError: unknown format; not one adapter; a delta that no LoRA factors express exactly; or a directory that
+            holds an adapter saved by inlay, which would be lost.
     """
     if format not in FORMATS:
         raise ValueError(f"format: wanted one of {FORMATS}, got {format!r}")
@@ -35,6 +36,9 @@ def export(model: nn.Module, directory: str | Path, *, format: str = "peft-lora"
     name = name if name is not None else state.active[0]
     if name not in state.methods:
         raise ValueError(f"no adapter {name!r}; there are {sorted(state.methods)}")
+    config_file = Path(directory) / CONFIG_NAME
+    if config_file.exists() and "inlay" in read_json(config_file):
+        raise ValueError(f"{directory} holds an adapter saved by inlay; export to another directory")
     linears = {path: module for path, module in tuned_linears(model).items() if name in module.deltas}
     factors = {path: exact_factors(path, module.deltas[name]) for path, module in linears.items()}
     rank = max(a.shape[0] for a, _ in factors.values())
@@ -42,11 +46,9 @@ def export(model: nn.Module, directory: str | Path, *, format: str = "peft-lora"
     for path, (a, b) in factors.items():
         tensors[f"{KEY_PREFIX}{path}.lora_A.weight"] = _pad(a, 0, rank)
         tensors[f"{KEY_PREFIX}{path}.lora_B.weight"] = _pad(b, 1, rank)
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     transposed = any(is_conv1d(module.plain_holder[0]) for module in linears.values())
-    write_tensors(directory / WEIGHTS_NAME, tensors)
-    write_json(directory / CONFIG_NAME, lora_config(model, rank, list(linears), transposed))
+    config = lora_config(model, rank, list(linears), transposed)
+    write_files(Path(directory), {WEIGHTS_NAME: tensors, CONFIG_NAME: config})
 
 
 def exact_factors(path: str, delta: nn.Module) -> tuple[Tensor, Tensor]:

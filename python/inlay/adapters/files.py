@@ -1,17 +1,17 @@
 """The adapter directory: names, and writing files so that nothing already saved is lost.
 
-    adapter_config.json        what PEFT's own config would hold, and an "inlay" section: format version, the method's
-                               options, and a few base weights to know the base again; sorted, indented by 2
-    adapter_model.safetensors  base_model.model.<module>.<tensor>, as PEFT's own code names them
-    model.safetensors          the same tensors under the tuned model's state-dict keys: what Trainer resumes from
-    README.md                  a short card
+adapter_config.json        what PEFT's own config would hold, and an "inlay" section: format version, the method's
+                           options, and a few base weights to know the base again; sorted, indented by 2
+adapter_model.safetensors  base_model.model.<module>.<tensor>, as PEFT's own code names them
+model.safetensors          the same tensors under the tuned model's state-dict keys: what Trainer resumes from
+README.md                  a short card
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +27,30 @@ KEY_PREFIX = "base_model.model."
 FORMAT_VERSION = 1
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Call ``write`` with a temporary name beside ``path``, then rename: ``path`` is the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_files(directory: Path, files: Mapping[str, Any]) -> None:
+    """Write ``files`` to ``directory`` by name: tensors (.safetensors), a JSON object (.json), or text.
+
+    All are written under temporary names first and renamed last: if one fails, every file is the old one still.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    staged = {name: directory / f".{name}.{os.getpid()}.tmp" for name in files}
     try:
-        write(temporary)
-        os.replace(temporary, path)
+        for name, path in staged.items():
+            _write(path, Path(name).suffix, files[name])
+        for name, path in staged.items():
+            os.replace(path, directory / name)
     finally:
-        temporary.unlink(missing_ok=True)
+        for path in staged.values():
+            path.unlink(missing_ok=True)
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    text = json.dumps(values, indent=2, sort_keys=True)
-    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda p: save_file(held, str(p), metadata={"format": "pt"}))
+def _write(path: Path, suffix: str, content: Any) -> None:
+    if suffix == ".safetensors":
+        held = {name: tensor.detach().cpu().contiguous() for name, tensor in content.items()}
+        save_file(held, str(path), metadata={"format": "pt"})
+        return
+    text = json.dumps(content, indent=2, sort_keys=True) if suffix == ".json" else content
+    path.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:

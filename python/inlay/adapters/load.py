@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bases import BaseConfig, quantize_linears
 from ..deltas import STORED_KEYS
 from ..methods import METHODS, Method
 from ..model import sample_weights, state_of
@@ -24,6 +25,7 @@ def load(
     directory: str | Path,
     *,
     name: str = DEFAULT_ADAPTER,
+    base: str | BaseConfig | None = None,
     check_base: bool = True,
     trainable: bool = True,
     fused_blocks: bool = True,
@@ -33,6 +35,7 @@ def load(
 
     Args:
         model: the base model the adapter was trained on.
+        base: quantize the model's linears first, as for :func:`inlay.tune`.
         name: adapter name on this model; several adapters may share a base.
         check_base: compare a few base weights with those the adapter was trained on.
         trainable: False freezes the adapter after loading.
@@ -56,11 +59,14 @@ def load(
     if check_base:
         _check_base(model, config["inlay"].get("base_sample") or {})
     deltas = {path: method.restore(modules[path], tensors, path) for path, tensors in grouped.items()}
-    tuned = attach(model, method, deltas, name, fused_blocks=fused_blocks, fused_loss=fused_loss)
+    sample = sample_weights(model, list(deltas))
+    if base is not None:
+        quantize_linears(model, BaseConfig.of(base))
+    attach(model, method, deltas, name, sample=sample, fused_blocks=fused_blocks, fused_loss=fused_loss)
     if not trainable:
         for delta in deltas.values():
             delta.requires_grad_(False)
-    return tuned
+    return model
 
 
 def method_of(config: dict[str, Any], where: Path) -> Method:

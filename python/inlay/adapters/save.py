@@ -19,9 +19,7 @@ from .files import (
     WEIGHTS_NAME,
     base_path_of,
     peft_keys,
-    write_atomically,
-    write_json,
-    write_tensors,
+    write_files,
 )
 
 
@@ -41,10 +39,8 @@ def save_adapter(
     """
     state = require_state(model, "save_pretrained")
     name = name if name is not None else _single_active(state)
-    directory = Path(directory)
     tensors, resume = collect(model, name, state_dict)
     check_worth_saving(model, name, tensors)
-    directory.mkdir(parents=True, exist_ok=True)
     method = state.methods[name]
     config = {
         **peft_keys(model),
@@ -57,11 +53,8 @@ def save_adapter(
             "version": __version__,
         },
     }
-    write_tensors(directory / WEIGHTS_NAME, tensors)
-    write_tensors(directory / RESUME_NAME, resume)
-    write_json(directory / CONFIG_NAME, config)
     card = _card(model, state, name)
-    write_atomically(directory / CARD_NAME, lambda path: path.write_text(card, encoding="utf-8"))
+    write_files(Path(directory), {WEIGHTS_NAME: tensors, RESUME_NAME: resume, CONFIG_NAME: config, CARD_NAME: card})
 
 
 def collect(
@@ -85,9 +78,13 @@ def check_worth_saving(model: nn.Module, name: str, tensors: dict[str, Tensor]) 
     """Refuse to write an adapter that is empty, broken, or that changes nothing."""
     for key, tensor in tensors.items():
         if tensor.numel() == 0:
-            raise ValueError(f"{key} is empty: the tensor was sharded away or freed; gather the state dict before saving")
+            raise ValueError(
+                f"{key} is empty: the tensor was sharded away or freed; gather the state dict before saving"
+            )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{key} holds NaN or infinity: training diverged; lower the learning rate or resume earlier")
+            raise ValueError(
+                f"{key} holds NaN or infinity: training diverged; lower the learning rate or resume earlier"
+            )
     deltas = {p: m.deltas[name] for p, m in tuned_linears(model).items() if name in m.deltas}
     still = [path for path, delta in deltas.items() if not delta.changes_anything()]
     if len(still) == len(deltas):
@@ -98,7 +95,9 @@ def check_worth_saving(model: nn.Module, name: str, tensors: dict[str, Tensor]) 
 
 def _single_active(state: TuneState) -> str:
     if len(state.active) != 1:
-        raise ValueError(f"wanted one active adapter to save, got {list(state.active)}; pass name=... or set_adapter one")
+        raise ValueError(
+            f"wanted one active adapter to save, got {list(state.active)}; pass name=... or set_adapter one"
+        )
     return state.active[0]
 
 

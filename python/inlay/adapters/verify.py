@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 
-
 @dataclass
 class Verification:
     """What :func:`verify` found.

@@ -2,9 +2,9 @@
 
 from .base import Delta
 from .low_rank import LowRankDelta
-from .submatrix import InPlaceSubmatrixDelta, SubmatrixDelta
+from .submatrix import ExactSubmatrixDelta, InPlaceSubmatrixDelta, SubmatrixDelta
 
 #: Every key under which a delta's tensors stand in an adapter file.
 STORED_KEYS = tuple(dict.fromkeys(key for cls in (InPlaceSubmatrixDelta, LowRankDelta) for key in cls.stored))
 
-__all__ = ["STORED_KEYS", "Delta", "InPlaceSubmatrixDelta", "LowRankDelta", "SubmatrixDelta"]
+__all__ = ["STORED_KEYS", "Delta", "ExactSubmatrixDelta", "InPlaceSubmatrixDelta", "LowRankDelta", "SubmatrixDelta"]

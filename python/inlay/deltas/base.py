@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.linear import base_linear
+from ..bases.quantized import Storage
 from ..ops.swiglu import swiglu
 
 
@@ -20,12 +21,14 @@ class Delta(nn.Module):
 
     Attributes:
         in_features, out_features: the shape of the base weight, ``[out_features, in_features]``.
-        in_place: True if the delta writes its values into the base weight (one such delta per base).
+        in_place: True if the delta writes its values into the base weight.
+        owns_base: True if the delta changes what the base holds; it must be the only one on its base.
         stored: what an adapter file stores, key in the file to attribute, in the order it is written.
     """
 
     stored: ClassVar[dict[str, str]] = {}
     in_place: bool = False
+    owns_base: bool = False
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -43,6 +46,13 @@ class Delta(nn.Module):
     def gated_linear(self, gate: Tensor, up: Tensor, act: str, base: type, *tensors: Tensor | None) -> Tensor:
         """``linear(act(gate) * up)``. Overridden where the backward can rebuild the product instead of keeping it."""
         return self.linear(swiglu(gate, up, act), base, *tensors)
+
+    def add_original(self, y: Tensor, x: Tensor) -> Tensor:
+        """``y`` plus what this delta took out of the base, so that a disabled adapter leaves the base as it was."""
+        return y
+
+    def prepare_base(self, storage: Storage, *tensors: Tensor | None) -> None:
+        """Called once with a quantized base's tensors, which the delta may change in place."""
 
     def weight_delta(self) -> Tensor:
         """Dense ``ΔW [out, in]`` in fp32: for merging and tests."""

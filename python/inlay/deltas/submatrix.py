@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..bases.quantized import Storage
 from ..ops import submatrix_add_delta, submatrix_linear, submatrix_linear_in_place, submatrix_write_
 from ..ops.swiglu import swiglu_submatrix_linear
 from .base import Delta
@@ -108,6 +109,7 @@ class InPlaceSubmatrixDelta(SubmatrixDelta):
     """
 
     in_place = True
+    owns_base = True
     stored = {**SubmatrixDelta.stored, "s2ft_original": "s2ft_original"}
 
     def __init__(self, weight: Tensor, indices: Tensor, side: Side = "in", where: str = "submatrix") -> None:
@@ -137,4 +139,40 @@ class InPlaceSubmatrixDelta(SubmatrixDelta):
     def merge_into(self, weight: Tensor) -> Tensor:
         merged = weight.detach().clone()
         self.write(merged)
+        return merged
+
+
+class ExactSubmatrixDelta(SubmatrixDelta):
+    """Chosen channels of a quantized base kept in high precision: zero in the packed weight, ``values`` instead.
+
+    ``values`` (fp32) start as the channels' dense weights where those were at hand, so that tuning also removes their
+    quantization error. Other codes and all scales stay as they were: the adapter fits any copy of the same base.
+    """
+
+    owns_base = True
+    stored = {**SubmatrixDelta.stored, "s2ft_original": "s2ft_original"}
+
+    def __init__(self, weight: Tensor, indices: Tensor, side: Side = "in", where: str = "submatrix") -> None:
+        """``weight``: the dense weight ``[out, in]`` before quantization, or the dequantized one."""
+        super().__init__(weight, indices, side, where)
+        original = weight.detach().index_select(self.dim, self.s2ft_indices).to(self.s2ft_values.dtype)
+        self.register_buffer("s2ft_original", original)
+        with torch.no_grad():
+            self.s2ft_values.copy_(original)
+
+    def prepare_base(self, storage: Storage, *tensors: Tensor | None) -> None:
+        """Keep what a disabled adapter answers with, then zero the channels."""
+        held = storage.dequantize(self.s2ft_values.dtype, *tensors).index_select(self.dim, self.s2ft_indices)
+        self.register_buffer("s2ft_packed", held, persistent=False)
+        storage.zero_(self.dim, self.s2ft_indices, *tensors)
+
+    def add_original(self, y: Tensor, x: Tensor) -> Tensor:
+        return submatrix_add_delta(y, x, self.s2ft_packed, self.s2ft_indices, self.side)
+
+    def change(self) -> Tensor:
+        return self.s2ft_values.detach() - self.s2ft_original
+
+    def merge_into(self, weight: Tensor) -> Tensor:
+        merged = weight.detach().clone()
+        submatrix_write_(merged, self.s2ft_indices, self.s2ft_values.detach(), self.dim)
         return merged

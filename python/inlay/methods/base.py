@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..bases import BaseConfig, quantize_linears
 from ..deltas import Delta
 
 #: Calibration data: batches of keyword arguments for the model's forward.
@@ -63,6 +64,10 @@ class Method:
         """The options as JSON-able values."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
         return {k: list(v) if isinstance(v, tuple | set) else v for k, v in values.items()}
+
+    def quantize(self, model: nn.Module, config: BaseConfig, deltas: Mapping[str, Delta]) -> None:
+        """Quantize the linears of ``model`` that ``config`` names, before ``deltas`` are put on them."""
+        quantize_linears(model, config)
 
     def peft_fields(self, targets: Sequence[str]) -> dict[str, Any]:
         """The options as PEFT's config of this ``peft_type`` would store them; ``targets``: the tuned modules' names."""

@@ -16,8 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..bases import BaseConfig, QuantizedLinear
 from ..bases.linear import out_in_view
 from ..deltas import Delta, LowRankDelta
+from .loftq import loftq
 from ..targets import resolve
 from .base import Calibration, Method, check_one_of
 
@@ -72,6 +74,14 @@ class LoRA(Method):
 
     def restore(self, module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Delta:
         return self._build(module, where=where).load(tensors, where)
+
+    def quantize(self, model: nn.Module, config: BaseConfig, deltas: Mapping[str, Delta]) -> None:
+        dense = {name: out_in_view(model.get_submodule(name)).clone() for name in deltas} if self.init == "loftq" else {}
+        super().quantize(model, config, deltas)
+        for name, weight in dense.items():
+            module = model.get_submodule(name)
+            if isinstance(module, QuantizedLinear):
+                loftq(weight, module, deltas[name], self.loftq_iterations, name)
 
     def peft_fields(self, targets: Sequence[str]) -> dict[str, Any]:
         ours = ("init", "loftq_iterations", "seed")

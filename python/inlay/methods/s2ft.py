@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from ..bases.linear import out_in_view
-from ..deltas import Delta, InPlaceSubmatrixDelta, SubmatrixDelta
+from ..deltas import Delta, ExactSubmatrixDelta, InPlaceSubmatrixDelta, SubmatrixDelta
 from ..select import activation_scores, expand_groups, gradient_scores, pick_groups, random_groups, weight_scores
 from ..targets import INPUT_SIDE_ROLES, resolve, role_of, suffix_match
 from .base import Calibration, Method, check_one_of
@@ -39,6 +39,8 @@ class S2FT(Method):
             calibration data), "product" (weight times activation) or "gradient" (norm of its weight gradient).
         select: take the "smallest" (the paper finds it slightly better) or the "largest" scores.
         update: "additive" adds a separate fp32 ΔW, on any base; "in_place" is the paper's form, for dense bases.
+        keep: on a quantized base, "additive" trains a ΔW on top of it; "exact" keeps the chosen channels in high
+            precision and takes them out of the packed weight, which also removes their quantization error.
     """
 
     peft_type: ClassVar[str] = "S2FT"
@@ -50,11 +52,15 @@ class S2FT(Method):
     strategy: str = "random"
     select: str = "smallest"
     update: Literal["additive", "in_place"] = "additive"
+    keep: Literal["additive", "exact"] = "additive"
 
     def __post_init__(self) -> None:
         check_one_of("strategy", self.strategy, STRATEGIES)
         check_one_of("select", self.select, ("largest", "smallest"))
         check_one_of("update", self.update, ("additive", "in_place"))
+        check_one_of("keep", self.keep, ("additive", "exact"))
+        if self.keep == "exact" and self.update == "in_place":
+            raise ValueError('wanted update="in_place" (dense bases) or keep="exact" (quantized bases), got both')
         for value in self.side.values() if isinstance(self.side, dict) else [self.side]:
             check_one_of("side", value, ("auto", "in", "out"))
         for value in self.ratio.values() if isinstance(self.ratio, dict) else [self.ratio]:
@@ -98,7 +104,10 @@ class S2FT(Method):
         return self._build(module, indices=tensors["s2ft_indices"], where=where).load(tensors, where)
 
     def _build(self, module: nn.Module, *, indices: Tensor, where: str) -> Delta:
-        delta = InPlaceSubmatrixDelta if self.update == "in_place" else SubmatrixDelta
+        if self.keep == "exact":
+            delta = ExactSubmatrixDelta
+        else:
+            delta = InPlaceSubmatrixDelta if self.update == "in_place" else SubmatrixDelta
         return delta(out_in_view(module), indices, self.side_of(where), where)
 
     def _scores(

@@ -30,10 +30,19 @@ class TunedLinear(nn.Linear):
             self.nf, self.nx = module.nf, module.nx
         self.weight = weight
         self.register_parameter("bias", module.bias)
+        self.start(module)
+
+    def start(self, module: nn.Module) -> None:
+        """Begin without deltas; ``module`` is what :meth:`to_plain` brings back."""
         self.deltas = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
         self.plain_holder = (module,)  # a tuple, so that it is not a submodule and adds no state-dict keys
         self.training = module.training
+
+    @property
+    def base_tensors(self) -> tuple[Tensor | None, ...]:
+        """What the base's products take."""
+        return self.weight, self.bias
 
     @property
     def weight_view(self) -> Tensor:
@@ -49,20 +58,23 @@ class TunedLinear(nn.Linear):
         """
         if name in self.deltas:
             raise ValueError(f"adapter {name!r} exists already on this linear; choose another adapter_name")
-        if self.deltas and (delta.in_place or any(d.in_place for d in self.deltas.values())):
+        if self.deltas and (delta.owns_base or any(d.owns_base for d in self.deltas.values())):
             raise ValueError(
-                'wanted one adapter on a base tuned with update="in_place", got a second; '
-                'use update="additive" where several adapters share a base'
+                'wanted one adapter on a base tuned with update="in_place" or keep="exact", got a second; '
+                "use the additive forms where several adapters share a base"
             )
         self.deltas[name] = delta
 
     def forward(self, x: Tensor) -> Tensor:
         active = self.active_deltas()
         if len(active) == 1:
-            return active[0].linear(x, self.base, self.weight, self.bias)
+            return active[0].linear(x, self.base, *self.base_tensors)
         if not active:
             self.restore_base()
-        y = base_linear(x, self.base, self.weight, self.bias)
+        y = base_linear(x, self.base, *self.base_tensors)
+        for delta in self.deltas.values():
+            if delta not in active:
+                y = delta.add_original(y, x)
         for delta in active:
             y = delta.add_to(y, x)
         return y
@@ -71,7 +83,7 @@ class TunedLinear(nn.Linear):
         """``self(act(gate) * up)`` for a down projection: a delta that can rebuild its input saves none of it."""
         active = self.active_deltas()
         if len(active) == 1:
-            return active[0].gated_linear(gate, up, act, self.base, self.weight, self.bias)
+            return active[0].gated_linear(gate, up, act, self.base, *self.base_tensors)
         return self(swiglu(gate, up, act))
 
     @property
@@ -114,6 +126,7 @@ class TunedLinear(nn.Linear):
         """The module this one wrapped, holding the merged weight."""
         plain = self.plain_holder[0]
         plain.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
+        plain.bias = self.bias  # the one that moved with the model
         plain.train(self.training)
         return plain
 

@@ -169,8 +169,8 @@ class _SwiGLULinear(Function):
     ) -> Tensor:
         h = swiglu_forward(gate, up, act)
         y = base.forward(h, *base_tensors)
-        additive = values is not None and not in_place
-        if additive:
+        additive = values is not None and indices is not None and not in_place
+        if values is not None and indices is not None and not in_place:
             add_forward(y, h, values, indices, "in")
         needs_h = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         ctx.save_for_backward(
@@ -186,7 +186,7 @@ class _SwiGLULinear(Function):
         gate, up, indices, values, *base_tensors = ctx.saved_tensors
         needs_gate, needs_up, needs_values = ctx.needs_input_grad[:3]
         dgate = dup = dv = h_sel = None
-        delta_dy = delta_grad(dy, indices, "in") if needs_values or ctx.additive else None
+        delta_dy = delta_grad(dy, indices, "in") if needs_values or ctx.additive else dy
         if needs_gate or needs_up:
             dh = ctx.base.backward_input(dy, *base_tensors)
             if ctx.additive:

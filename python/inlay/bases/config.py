@@ -1,0 +1,89 @@
+"""Which linears get which base: what ``tune(base=...)`` and ``QuantizationConfig`` take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..targets import linears, output_head_names, suffix_match
+from .quantized import STORAGES, QuantizedLinear, Storage
+
+
+@dataclass
+class BaseConfig:
+    """How to quantize the linears of a model.
+
+    Attributes:
+        base: "nf4", "fp4" or "int8".
+        blocksize: weights per scale of the four-bit bases.
+        double_quant: store those scales in 8 bits.
+        skip_modules: name suffixes of linears to leave dense; None leaves out the output head.
+        overrides: base by name suffix, None for dense, e.g. ``{"down_proj": "int8", "o_proj": None}``.
+
+    Raises:
+        ValueError: an unknown base or blocksize.
+    """
+
+    base: str = "nf4"
+    blocksize: int = 64
+    double_quant: bool = False
+    skip_modules: Sequence[str] | None = None
+    overrides: dict[str, str | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for base in (self.base, *self.overrides.values()):
+            if base is not None:
+                self.storage(base)
+
+    @classmethod
+    def of(cls, base: str | BaseConfig) -> BaseConfig:
+        """``base`` itself, or the default config of the base so named."""
+        return base if isinstance(base, BaseConfig) else cls(base)
+
+    def storage(self, base: str | None = None, rows: int = 1, columns: int = 1) -> Storage:
+        """The storage of a ``[rows, columns]`` weight; ValueError on an unknown base."""
+        base = base if base is not None else self.base
+        if base not in STORAGES:
+            raise ValueError(f"base: wanted one of {sorted(STORAGES)} or None, got {base!r}")
+        kind, options = STORAGES[base]
+        return kind(rows, columns, **options, **kind.options_from(self))
+
+    def base_of(self, name: str) -> str | None:
+        """The base of the linear ``name``, None for dense."""
+        for suffix, base in self.overrides.items():
+            if suffix_match(name, suffix):
+                return base
+        skipped = any(suffix_match(name, suffix) for suffix in self.skip_modules or ())
+        return None if skipped else self.base
+
+    def names(self, model: nn.Module) -> dict[str, str]:
+        """Base by name of every linear of ``model`` to quantize. ValueError if an override or a skip names none."""
+        found = linears(model)
+        for suffix in (*self.overrides, *(self.skip_modules or ())):
+            if not any(suffix_match(name, suffix) for name in found):
+                raise ValueError(f"skip_modules or overrides name {suffix!r}, which no linear of this model ends in")
+        heads = output_head_names(model) if self.skip_modules is None else set()
+        chosen = {name: self.base_of(name) for name in found if name not in heads}
+        return {name: base for name, base in chosen.items() if base is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        return {**values, "skip_modules": None if self.skip_modules is None else list(self.skip_modules)}
+
+
+def quantize_linears(model: nn.Module, config: BaseConfig) -> int:
+    """Replace the linears ``config`` names by quantized ones, in place; how many. Dense weights are freed one by one."""
+    count = 0
+    for name, base in config.names(model).items():
+        module = model.get_submodule(name)
+        if isinstance(module, QuantizedLinear):
+            continue
+        parent, _, leaf = name.rpartition(".")
+        storage = config.storage(base, module.out_features, module.in_features) if isinstance(module, nn.Linear) else None
+        quantized = QuantizedLinear.of(module, storage or config.storage(base, module.nf, module.nx), name)
+        setattr(model.get_submodule(parent), leaf, quantized)
+        count += 1
+    return count

@@ -1,0 +1,84 @@
+"""NF4 and FP4 bases in bitsandbytes' storage, with and without double quantization.
+
+Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, arXiv:2305.14314.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..ops.quantize_blockwise import (
+    QUANT_TYPES,
+    check_blocksize,
+    dequantize_4bit,
+    levels,
+    quantize_4bit,
+    quantize_absmax,
+)
+from ..ops.quantized_linear import quantized_linear, quantized_linear_backward_input
+from .quantized import STORAGES, Storage, check_finite
+
+
+@dataclass(frozen=True)
+class FourBit(Storage):
+    """Four bits a weight in blocks, and a scale per block.
+
+    Attributes:
+        quant_type: "nf4" or "fp4".
+        blocksize: weights per scale, in row-major order, blocks straddling rows.
+        double_quant: store the scales themselves in 8 bits (0.516 instead of 0.5625 bytes a weight at blocksize 64).
+    """
+
+    names: ClassVar[tuple[str, ...]] = ("packed", "absmax", "absmax_codes", "absmax_offset")
+
+    quant_type: str = "nf4"
+    blocksize: int = 64
+    double_quant: bool = False
+
+    def __post_init__(self) -> None:
+        check_blocksize("FourBit", self.blocksize)
+        if self.quant_type not in QUANT_TYPES:
+            raise ValueError(f"quant_type: wanted one of {QUANT_TYPES}, got {self.quant_type!r}")
+
+    @classmethod
+    def options_from(cls, config: Any) -> dict[str, Any]:
+        return {"blocksize": config.blocksize, "double_quant": config.double_quant}
+
+    def quantize(self, weight: Tensor, where: str) -> tuple[Tensor | None, ...]:
+        check_finite(weight, where)
+        packed, absmax = quantize_4bit(weight, self.quant_type, self.blocksize)
+        if not self.double_quant:
+            return packed, absmax, None, None
+        codes, absmax2, offset = quantize_absmax(absmax)
+        return packed, absmax2, codes, offset
+
+    def forward(self, x: Tensor, *tensors: Tensor | None) -> Tensor:
+        packed, absmax, codes, offset, bias = tensors
+        return quantized_linear(x, packed, absmax, codes, offset, bias, self.quant_type, self.blocksize, self.rows)
+
+    def backward_input(self, dy: Tensor, *tensors: Tensor | None) -> Tensor:
+        packed, absmax, codes, offset, _ = tensors
+        return quantized_linear_backward_input(
+            dy, packed, absmax, codes, offset, self.quant_type, self.blocksize, self.columns
+        )
+
+    def dequantize(self, dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:
+        packed, absmax, codes, offset, _ = tensors
+        return dequantize_4bit(
+            packed, absmax, self.quant_type, self.blocksize, self.rows, self.columns, dtype, codes, offset
+        )
+
+    def zero_(self, dim: int, indices: Tensor, *tensors: Tensor | None) -> None:
+        packed = tensors[0].data
+        codes = torch.stack((packed >> 4, packed & 15), dim=1).reshape(-1)
+        weights = codes[: self.rows * self.columns].view(self.rows, self.columns)
+        weights.index_fill_(dim, indices, int(levels(self.quant_type).abs().argmin()))
+        packed.copy_(codes[::2] << 4 | codes[1::2])
+
+
+STORAGES["nf4"] = FourBit, {"quant_type": "nf4"}
+STORAGES["fp4"] = FourBit, {"quant_type": "fp4"}

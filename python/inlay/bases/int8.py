@@ -1,0 +1,46 @@
+"""Int8 bases with one scale per row, the weights of LLM.int8 checkpoints.
+
+Source: Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", 2022, arXiv:2208.07339.
+Only the storage is theirs: activations are not quantized here, weights are dequantized for each product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..ops.quantize_blockwise import dequantize_int8, quantize_int8
+from .quantized import STORAGES, Storage, check_finite
+
+
+@dataclass(frozen=True)
+class Int8(Storage):
+    """``W[n, k] = code · (absmax[n] / 127)``; codes int8, absmax fp32 (bitsandbytes' ``weight`` and ``SCB``)."""
+
+    names: ClassVar[tuple[str, ...]] = ("codes", "absmax")
+
+    def quantize(self, weight: Tensor, where: str) -> tuple[Tensor | None, ...]:
+        check_finite(weight, where)
+        return quantize_int8(weight)
+
+    def forward(self, x: Tensor, *tensors: Tensor | None) -> Tensor:
+        *storage, bias = tensors
+        bias = bias if bias is None else bias.to(x.dtype)
+        return functional.linear(x, self.dequantize(x.dtype, *storage, None), bias)
+
+    def backward_input(self, dy: Tensor, *tensors: Tensor | None) -> Tensor:
+        return dy.matmul(self.dequantize(dy.dtype, *tensors))
+
+    def dequantize(self, dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:
+        codes, absmax, _ = tensors
+        return dequantize_int8(codes, absmax, dtype)
+
+    def zero_(self, dim: int, indices: Tensor, *tensors: Tensor | None) -> None:
+        tensors[0].data.index_fill_(dim, indices, 0)
+
+
+STORAGES["int8"] = Int8, {}

@@ -1,0 +1,130 @@
+"""Quantized bases: frozen Parameters of their true dtype, in bitsandbytes' storage.
+
+A *storage* is a frozen dataclass that knows shape and format and does the products (see ``bases.linear``); a
+:class:`QuantizedLinear` holds the tensors. Packed codes are uint8 Parameters and scales fp32 Parameters: never
+reinterpreted as other dtypes, sharded by FSDP2, left alone by ``.half()`` and ``.to(dtype)``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .linear import base_linear, out_in_view
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What a quantized weight ``[rows, columns]`` is stored as, and the products with it.
+
+    Subclasses define ``names`` (the tensors, in the order the products take them, before the bias), ``quantize``,
+    ``forward``, ``backward_input`` and ``dequantize``.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ()
+
+    rows: int
+    columns: int
+
+    @classmethod
+    def options_from(cls, config: Any) -> dict[str, Any]:
+        """The options of a ``BaseConfig`` that this storage has."""
+        return {}
+
+    def quantize(self, weight: Tensor, where: str) -> tuple[Tensor | None, ...]:
+        """The tensors of ``weight [rows, columns]``; ValueError naming ``where`` if it holds NaN or infinity."""
+        raise NotImplementedError(f"{type(self).__name__} must define quantize(weight, where)")
+
+    def forward(self, x: Tensor, *tensors: Tensor | None) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define forward(x, *tensors)")
+
+    def backward_input(self, dy: Tensor, *tensors: Tensor | None) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define backward_input(dy, *tensors)")
+
+    def dequantize(self, dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:
+        """Dense ``[rows, columns]``."""
+        raise NotImplementedError(f"{type(self).__name__} must define dequantize(dtype, *tensors)")
+
+    def zero_(self, dim: int, indices: Tensor, *tensors: Tensor | None) -> None:
+        """Make the chosen rows (dim 0) or columns (dim 1) exactly 0, in place, leaving all other codes as they are."""
+        raise NotImplementedError(f"{type(self).__name__} must define zero_(dim, indices, *tensors)")
+
+
+def check_finite(weight: Tensor, where: str) -> None:
+    """A weight with NaN or infinity would poison its whole block."""
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"{where}: wanted finite weights to quantize, got NaN or infinity; check the checkpoint")
+
+
+class QuantizedWeight:
+    """What modules with a quantized weight share: ``weight`` answers with dense values, ``.half()`` keeps the bytes."""
+
+    storage: Storage
+    compute_dtype: torch.dtype
+
+    def hold(
+        self, storage: Storage, tensors: tuple[Tensor | None, ...], bias: Tensor | None, compute_dtype: torch.dtype
+    ) -> None:
+        """Register ``tensors`` (as ``storage.quantize`` returns them) and ``bias`` as frozen Parameters."""
+        self.storage, self.compute_dtype = storage, compute_dtype
+        self.out_features, self.in_features = storage.rows, storage.columns
+        for name, tensor in zip((*storage.names, "bias"), (*tensors, bias), strict=True):
+            if tensor is not None and not isinstance(tensor, nn.Parameter):
+                tensor = nn.Parameter(tensor.detach(), requires_grad=False)
+            self.register_parameter(name, tensor)
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Storage tensors and bias, as the products take them."""
+        return (*(getattr(self, name) for name in self.storage.names), self.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight ``[out, in]`` in ``compute_dtype``, made anew at each access. Writing to it does nothing."""
+        return self.storage.dequantize(self.compute_dtype, *self.tensors)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        """Move storage between devices, but keep its dtypes."""
+        before = {n: t.data for n in self.storage.names if (t := getattr(self, n)) is not None}
+        self.compute_dtype = fn(torch.zeros(0, dtype=self.compute_dtype)).dtype
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new.dtype != old.dtype:
+                setattr(self, name, nn.Parameter(old.to(new.device), requires_grad=False))
+        return self
+
+
+class QuantizedLinear(QuantizedWeight, nn.Linear):
+    """A frozen linear whose weight is stored quantized; an ``nn.Linear``, so that "all-linear" finds it.
+
+    Args:
+        storage: format and shape. tensors: what ``storage.quantize`` returns. bias: ``[out]`` or None.
+        compute_dtype: dtype of ``weight`` as seen from outside; products run in the dtype of their input.
+    """
+
+    def __init__(
+        self, storage: Storage, tensors: tuple[Tensor | None, ...], bias: Tensor | None, compute_dtype: torch.dtype
+    ) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's: there is no dense weight to make
+        self.hold(storage, tensors, bias, compute_dtype)
+
+    @classmethod
+    def of(cls, module: nn.Module, storage: Storage, where: str) -> QuantizedLinear:
+        """Quantize a dense ``nn.Linear`` or Conv1D; ``where`` names it in errors."""
+        weight = out_in_view(module)
+        quantized = cls(storage, storage.quantize(weight, where), module.bias, weight.dtype)
+        return quantized.train(module.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return base_linear(x, self.storage, *self.tensors)
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, bias={self.bias is not None}, {self.storage}"
+
+
+#: Storage classes by the name ``tune(base=...)`` takes; each file in this package adds its own.
+STORAGES: dict[str, tuple[type[Storage], dict[str, Any]]] = {}
