@@ -21,7 +21,7 @@ struct KnownDType {
 std::vector<KnownDType> known_dtypes;
 
 constexpr inlay::DType kDTypes[] = {inlay::DType::f32, inlay::DType::bf16, inlay::DType::f16,
-                                    inlay::DType::i64};
+                                    inlay::DType::i64, inlay::DType::u8};
 
 void init_dtypes(const py::dict& names) {
   known_dtypes.clear();

@@ -58,11 +58,34 @@ INLAY_OP(adamw_step, (const TensorList& params, const TensorList& grads, const T
                       double weight_decay, int64_t step, double grad_scale))
 
 // Gradients of softmax(q·kᵀ·scale, causal)·v, from out and the rows' logsumexp:
-//   P = exp(q·kᵀ·scale − lse)   dS = P·(dout·vᵀ − rowsum(dout·out))·scale   dq = dS·k   dk = dSᵀ·q   dv = Pᵀ·dout
+//   P = exp(q·kᵀ·scale − lse)   dS = P·(dout·vᵀ − rowsum(dout·out))·scale   dq = dS·k   dk = dSᵀ·q   dv =
+//   Pᵀ·dout
 // dq, dout, q, out bf16 [B, H, T, D]; k, v bf16 [B, G, T, D], H a multiple of G; lse f32 [B, H, T];
-// dk, dv f32 [B, H, T, D], one part per query head (the caller adds those of a group). D a multiple of 32, unit
-// stride along D (and T for lse). P and dS are rounded to bf16 for the products. Exists at isa amx only.
+// dk, dv f32 [B, H, T, D], one part per query head (the caller adds those of a group). D a multiple of 32,
+// unit stride along D (and T for lse). P and dS are rounded to bf16 for the products. Exists at isa amx only.
 INLAY_OP(causal_attention_backward,
          (const TensorView& dq, const TensorView& dk, const TensorView& dv, const TensorView& dout,
           const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out,
           const TensorView& lse, double scale))
+
+// absmax[b] = max |w| in block b;  code = level nearest to w/absmax[b];  packed[i] = code[2i] << 4 |
+// code[2i+1] packed u8 [ceil(n/2)]; absmax f32 [ceil(n/blocksize)]; w float [n]; bounds f32 [15], between
+// sorted levels; order u8 [16], codes in the order of their levels
+INLAY_OP(quantize_4bit, (const TensorView& packed, const TensorView& absmax, const TensorView& w,
+                         const TensorView& bounds, const TensorView& order, int64_t blocksize))
+
+// out[r, c] = round(levels[code]·absmax) of weight element (row + r)·columns + column + c
+// out float [R, C]; packed u8; levels f32 [16]; absmax f32 [blocks], codes, map, offset None;
+// or double-quantized, absmax = map[codes[b]]·absmax[b/256] + offset: codes u8 [blocks], map f32 [256],
+// offset f32 []
+INLAY_OP(dequantize_4bit,
+         (const TensorView& out, const TensorView& packed, const TensorView& levels, const TensorView& absmax,
+          const TensorView& codes, const TensorView& map, const TensorView& offset, int64_t blocksize,
+          int64_t columns, int64_t row, int64_t column))
+
+// y = x·Wᵀ + bias, W [N, K] packed as above and never written; fp32 weights and sums, one rounding
+// y float [M, N], x float [M, K], bias float [N] or None
+INLAY_OP(quantized_linear,
+         (const TensorView& y, const TensorView& x, const TensorView& packed, const TensorView& levels,
+          const TensorView& absmax, const TensorView& codes, const TensorView& map, const TensorView& offset,
+          const TensorView& bias, int64_t blocksize))

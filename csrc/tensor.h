@@ -9,7 +9,7 @@
 
 namespace inlay {
 
-enum class DType : int { f32, bf16, f16, i64, other };
+enum class DType : int { f32, bf16, f16, i64, u8, other };
 enum class Device : int { cpu, cuda, other };
 
 constexpr int kMaxDims = 8;

@@ -1,0 +1,146 @@
+// y = x·Wᵀ + b for a few rows x, straight from four-bit storage: each weight is decoded in registers and used
+// at once.
+#include "cpu/codes.h"
+
+namespace inlay {
+namespace INLAY_ISA_NS {
+
+namespace {
+
+constexpr int kRows = 4;  // weight rows per tile: each load of x serves all of them
+constexpr int kTokens =
+    4;  // rows of x per tile: kRows·kTokens accumulators fill half the registers of AVX-512
+
+// x as fp32, even and odd columns apart, the way packed bytes hold the weights.
+struct Split {
+  float* values = nullptr;
+  int64_t half = 0;
+
+  Split(const TensorView& x) : values(new float[size_t(x.shape[0] * x.shape[1] + 1)]), half(x.shape[1] / 2) {
+    with_float(x.dtype, [&](auto element) {
+      using T = decltype(element);
+      for (int64_t m = 0; m < x.shape[0]; ++m)
+        for (int64_t k = 0; k < half; ++k) {
+          even(m)[k] = load_one(row<const T>(x, m) + 2 * k);
+          odd(m)[k] = load_one(row<const T>(x, m) + 2 * k + 1);
+        }
+    });
+  }
+  ~Split() { delete[] values; }
+  Split(const Split&) = delete;
+  Split& operator=(const Split&) = delete;
+  float* even(int64_t m) const { return values + 2 * m * half; }
+  float* odd(int64_t m) const { return even(m) + half; }
+};
+
+struct Weight {
+  const uint8_t* packed;
+  Levels levels;
+  Scales scales;
+  int64_t columns, blocksize;
+};
+
+// sums[r][t] = W[n + r] · x[m + t]. Blocks do not straddle rows here, and hold whole Vecs of bytes.
+template <int Rows, int Tokens>
+void dot_tile(const Weight& w, const Split& x, int64_t n, int64_t m, float (&sums)[kRows][kTokens]) {
+  Vec total[Rows][Tokens];
+  for (auto& r : total)
+    for (Vec& t : r) t = Vec(0.0f);
+  const int64_t blocks = w.columns / w.blocksize, bytes = w.blocksize / 2;
+  for (int64_t b = 0; b < blocks; ++b) {
+    Vec scale[Rows];
+    for (int r = 0; r < Rows; ++r) scale[r] = Vec(w.scales.at((n + r) * blocks + b));
+    for (int64_t k = b * bytes; k < (b + 1) * bytes; k += Vec::kWidth) {
+      for (int r = 0; r < Rows; ++r) {
+        const uint8_t* p = w.packed + (n + r) * (w.columns / 2) + k;
+        const Vec even = w.levels.high(p) * scale[r], odd = w.levels.low(p) * scale[r];
+        for (int t = 0; t < Tokens; ++t) {
+          total[r][t] = fma(even, load(x.even(m + t) + k), total[r][t]);
+          total[r][t] = fma(odd, load(x.odd(m + t) + k), total[r][t]);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < Rows; ++r)
+    for (int t = 0; t < Tokens; ++t) sums[r][t] = sum(total[r][t]);
+}
+
+template <int Rows>
+void dot_tokens(const Weight& w, const Split& x, int64_t n, int64_t m, int tokens,
+                float (&sums)[kRows][kTokens]) {
+  if (tokens == 4) return dot_tile<Rows, 4>(w, x, n, m, sums);
+  if (tokens == 3) return dot_tile<Rows, 3>(w, x, n, m, sums);
+  if (tokens == 2) return dot_tile<Rows, 2>(w, x, n, m, sums);
+  dot_tile<Rows, 1>(w, x, n, m, sums);
+}
+
+template <class T>
+struct Output {
+  const TensorView& y;
+  const T* bias;
+
+  void put(int64_t m, int64_t n, float value) const {
+    store_one(row<T>(y, m) + n, bias ? value + load_one(bias + n) : value);
+  }
+};
+
+template <class T>
+void tiles(const Weight& w, const Split& x, const Output<T>& out) {
+  const int64_t tokens = out.y.shape[0], rows = out.y.shape[1];
+  parallel_for((rows + kRows - 1) / kRows, kRows * w.columns * (tokens + 2), [&](int64_t tile) {
+    const int64_t n = tile * kRows;
+    const int height = int(rows - n < kRows ? rows - n : kRows);
+    for (int64_t m = 0; m < tokens; m += kTokens) {
+      const int width = int(tokens - m < kTokens ? tokens - m : kTokens);
+      float sums[kRows][kTokens];
+      if (height == kRows) {
+        dot_tokens<kRows>(w, x, n, m, width, sums);
+        for (int r = 0; r < height; ++r)
+          for (int t = 0; t < width; ++t) out.put(m + t, n + r, sums[r][t]);
+        continue;
+      }
+      for (int r = 0; r < height; ++r) {
+        dot_tokens<1>(w, x, n + r, m, width, sums);
+        for (int t = 0; t < width; ++t) out.put(m + t, n + r, sums[0][t]);
+      }
+    }
+  });
+}
+
+// Any shape: odd columns, blocks that straddle rows. One element at a time.
+template <class T>
+void any_shape(const Weight& w, const float* levels, const TensorView& x, const Output<T>& out) {
+  const int64_t tokens = x.shape[0], columns = w.columns;
+  parallel_for(out.y.shape[1], columns * (tokens + 4), [&](int64_t n) {
+    for (int64_t m = 0; m < tokens; ++m) {
+      double total = 0;
+      for (int64_t k = 0; k < columns; ++k) {
+        const int64_t i = n * columns + k;
+        const int code = i % 2 ? w.packed[i / 2] & 15 : w.packed[i / 2] >> 4;
+        total += double(levels[code] * w.scales.at(i / w.blocksize) * load_one(row<const T>(x, m) + k));
+      }
+      out.put(m, n, float(total));
+    }
+  });
+}
+
+}  // namespace
+
+void quantized_linear(const TensorView& y, const TensorView& x, const TensorView& packed,
+                      const TensorView& levels, const TensorView& absmax, const TensorView& codes,
+                      const TensorView& map, const TensorView& offset, const TensorView& bias,
+                      int64_t blocksize) {
+  const int64_t columns = x.shape[1];
+  const float* table = data<const float>(levels);
+  const Weight w{data<const uint8_t>(packed), Levels(table), Scales(absmax, codes, map, offset), columns,
+                 blocksize};
+  with_float(x.dtype, [&](auto element) {
+    using T = decltype(element);
+    const Output<T> out{y, data<const T>(bias)};
+    if (columns % blocksize == 0 && blocksize % (2 * Vec::kWidth) == 0) return tiles(w, Split(x), out);
+    any_shape(w, table, x, out);
+  });
+}
+
+}  // namespace INLAY_ISA_NS
+}  // namespace inlay
