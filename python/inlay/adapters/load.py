@@ -76,7 +76,9 @@ def method_of(config: dict[str, Any], where: Path) -> Method:
         raise ValueError(f"{where}: wanted an adapter of {sorted(METHODS)}, got peft_type={kind!r}")
     if not isinstance(ours, dict) or "options" not in ours:
         raise ValueError(f"{where}: wanted an adapter saved by inlay, got one without its 'inlay' section")
-    if ours.get("format", 0) > FORMAT_VERSION:
+    if not isinstance(ours.get("format"), int) or not isinstance(ours["options"], dict):
+        raise ValueError(f"{where}: the 'inlay' section of {CONFIG_NAME} is broken; save the adapter again")
+    if ours["format"] > FORMAT_VERSION:
         raise ValueError(
             f"{where}: format {ours['format']} is newer than this inlay reads ({FORMAT_VERSION}); upgrade inlay"
         )
@@ -111,6 +113,6 @@ def _check_base(model: nn.Module, sample: dict[str, list[float]]) -> None:
         distance = (wanted - got).abs().mean() / wanted.square().mean().sqrt().clamp_min(1e-12)
         if not distance <= _OTHER_BASE:
             raise ValueError(
-                f"this is not the base the adapter was trained on: {name}.weight differs by {float(distance):.2f} of its "
-                "size; load the right base, or pass check_base=False if you mean it"
+                f"this is not the base the adapter was trained on: {name}.weight differs by {float(distance):.2f} of "
+                "its size; load the right base, or pass check_base=False if you mean it"
             )

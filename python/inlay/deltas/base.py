@@ -79,13 +79,16 @@ class Delta(nn.Module):
         """Take the values of an adapter file's ``tensors``; returns self.
 
         Raises:
-            ValueError: a tensor is missing, unknown or of another shape; the message starts with ``where``.
+            ValueError: a tensor is missing, unknown, of another shape or not finite; the message starts with ``where``.
         """
         if set(tensors) != set(self.stored):
-            raise ValueError(f"{where}: wanted tensors {sorted(self.stored)}, got {sorted(tensors)}; the file is incomplete")
+            got = sorted(tensors)
+            raise ValueError(f"{where}: wanted tensors {sorted(self.stored)}, got {got}; the file is incomplete")
         for key, attribute in self.stored.items():
             held = getattr(self, attribute)
             if held.shape != tensors[key].shape:
                 raise ValueError(f"{where}.{key}: wanted shape {tuple(held.shape)}, got {tuple(tensors[key].shape)}")
+            if tensors[key].is_floating_point() and not torch.isfinite(tensors[key]).all():
+                raise ValueError(f"{where}.{key} holds NaN or infinity; the file is corrupt: save the adapter again")
             held.data.copy_(tensors[key])
         return self

@@ -5,6 +5,7 @@ Source: Yang et al., "S²FT: Efficient, Scalable and Generalizable LLM Fine-tuni
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -20,6 +21,8 @@ Side = Literal["in", "out"]
 
 def check_indices(indices: Tensor, channels: int, where: str) -> Tensor:
     """``indices`` as sorted int64 ``[s]``; raises ValueError on an empty, repeated or out-of-range channel."""
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{where}: wanted whole channel numbers, got {indices.dtype}")
     indices = indices.to(torch.int64).reshape(-1)
     if indices.numel() == 0:
         raise ValueError(f"{where}: wanted at least one channel, got none; raise `ratio` or `channels`")
@@ -85,6 +88,14 @@ class SubmatrixDelta(Delta):
 
     def changes_anything(self) -> bool:
         return bool(self.change().any())
+
+    def load(self, tensors: Mapping[str, Tensor], where: str) -> Delta:
+        super().load(tensors, where)
+        order = self.s2ft_indices.argsort()  # another writer may not have sorted them
+        for attribute in self.stored.values():
+            held = getattr(self, attribute)
+            held.data.copy_(held.data.index_select(self.dim if held.dim() == 2 else 0, order))
+        return self
 
     def lora_factors(self) -> tuple[Tensor, Tensor]:
         """One-hot on the chosen side, values on the other: ``B·A`` has one product per entry, so it is exact."""
