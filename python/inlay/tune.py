@@ -80,6 +80,9 @@ def attach(
     fused_loss: bool = True,
 ) -> nn.Module:
     """Put built ``deltas`` on the linears they are named for; the part ``tune`` and ``load`` share."""
+    for name, delta in deltas.items():  # before anything changes
+        if isinstance(module := model.get_submodule(name), TunedLinear):
+            module.check_room(adapter_name, delta)
     state = state_of(model)
     if state is None:
         for parameter in model.parameters():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..bases.linear import is_conv1d
 from ..model import require_state, tuned_linears
 from .files import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME, peft_keys, read_json, write_files
+from .save import check_worth_saving
 
 FORMATS = ("peft-lora",)
 
@@ -25,8 +26,8 @@ def export(model: nn.Module, directory: str | Path, *, format: str = "peft-lora"
 
     Raises:
         TypeError: the model is not tuned.
-        ValueError: unknown format; not one adapter; a delta that no LoRA factors express exactly; or a directory that
-            holds an adapter saved by inlay, which would be lost.
+        ValueError: unknown format; not one adapter; a delta that no LoRA factors express exactly; values that are
+            not finite, or all untrained; or a directory that holds an adapter saved by inlay, which would be lost.
     """
     if format not in FORMATS:
         raise ValueError(f"format: wanted one of {FORMATS}, got {format!r}")
@@ -46,6 +47,7 @@ def export(model: nn.Module, directory: str | Path, *, format: str = "peft-lora"
     for path, (a, b) in factors.items():
         tensors[f"{KEY_PREFIX}{path}.lora_A.weight"] = _pad(a, 0, rank)
         tensors[f"{KEY_PREFIX}{path}.lora_B.weight"] = _pad(b, 1, rank)
+    check_worth_saving(model, name, tensors)
     transposed = any(is_conv1d(module.plain_holder[0]) for module in linears.values())
     config = lora_config(model, rank, list(linears), transposed)
     write_files(Path(directory), {WEIGHTS_NAME: tensors, CONFIG_NAME: config})

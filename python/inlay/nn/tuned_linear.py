@@ -51,11 +51,12 @@ class TunedLinear(nn.Linear):
         return weight.t() if is_conv1d(self.plain_holder[0]) else weight
 
     def add_delta(self, name: str, delta: Delta) -> None:
-        """Add ``delta`` as adapter ``name``.
+        """Add ``delta`` as adapter ``name``; raises as :meth:`check_room` does."""
+        self.check_room(name, delta)
+        self.deltas[name] = delta
 
-        Raises:
-            ValueError: the name is taken, or a second delta would share the base with an in-place one.
-        """
+    def check_room(self, name: str, delta: Delta) -> None:
+        """Raise ValueError if ``name`` is taken, or a second delta would share the base with one that owns it."""
         if name in self.deltas:
             raise ValueError(f"adapter {name!r} exists already on this linear; choose another adapter_name")
         if self.deltas and (delta.owns_base or any(d.owns_base for d in self.deltas.values())):
@@ -63,7 +64,6 @@ class TunedLinear(nn.Linear):
                 'wanted one adapter on a base tuned with update="in_place" or keep="exact", got a second; '
                 "use the additive forms where several adapters share a base"
             )
-        self.deltas[name] = delta
 
     def forward(self, x: Tensor) -> Tensor:
         active = self.active_deltas()
