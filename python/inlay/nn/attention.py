@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..integrations.transformers import attention_function, registered_attention
+from ..ops.attention import causal_attention, has_fast_backward
 from ..ops.rope import rope
 from .mixed import Mixed
 from .probe import generator, same, shallow
@@ -41,11 +42,29 @@ class FusedAttention(Mixed):
         query, key, value = rotated_qkv(self, hidden_states, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = attention_function(self)
         dropout = self.inlay_dropout if self.training else 0.0
         extra = {**self.inlay_attention_kwargs, **kwargs}
-        output, weights = attend(self, query, key, value, attention_mask, dropout=dropout, **extra)
+        if attention_mask is None and dropout == 0.0 and own_backward_pays(self, query, key, extra):
+            output, weights = causal_attention(query, key, value, extra.get("scaling")).transpose(1, 2), None
+        else:
+            attend = attention_function(self)
+            output, weights = attend(self, query, key, value, attention_mask, dropout=dropout, **extra)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+def own_backward_pays(module: nn.Module, query: Tensor, key: Tensor, extra: dict[str, Any]) -> bool:
+    """True where SDPA was asked for, is plain causal, and has a faster backward here than torch's own.
+
+    Without a mask transformers' SDPA is causal unless told otherwise; a sliding window that matters comes as a mask.
+    """
+    return (
+        module.config._attn_implementation == "sdpa"
+        and query.requires_grad
+        and has_fast_backward(query)
+        and query.shape[2] == key.shape[2] > 1
+        and extra.get("is_causal", getattr(module, "is_causal", True)) in (True, None)
+        and not any(extra.get(name) is not None for name in ("softcap", "position_bias", "cache"))
+    )
 
 
 def rotated_qkv(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from inlay._native import available as _native_available
 from inlay._native import module
 from inlay.ops._registry import check_floating, check_same, fail, raw_op, without_autocast
 
@@ -34,6 +35,11 @@ def _sum_groups(parts: Tensor, like: Tensor) -> Tensor:
 
 def _tiles_fit(q: Tensor) -> bool:
     return q.dtype == torch.bfloat16 and q.shape[-1] % 32 == 0 and q.numel() > 0 and module().isa() == "amx"
+
+
+def has_fast_backward(q: Tensor) -> bool:
+    """True where our own backward runs, rather than torch's."""
+    return q.is_cpu and not torch.compiler.is_compiling() and _native_available() and _tiles_fit(q)
 
 
 def _unit_inner(x: Tensor) -> Tensor:
