@@ -1,5 +1,9 @@
 """inlay fine-tunes a small dense piece set into a frozen model, and computes only what that piece needs."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from . import optim
 from .adapters import Verification, export, load, merge, verify
 from .bases import BaseConfig
@@ -8,4 +12,32 @@ from .model import disabled
 from .tune import tune
 from .version import __version__
 
-__all__ = ["S2FT", "BaseConfig", "LoRA", "Verification", "__version__", "disabled", "export", "load", "merge", "optim", "tune", "verify"]
+if TYPE_CHECKING:
+    from .train import finetune
+
+#: Names that need transformers, which is imported when one of them is first asked for.
+_LAZY = {"finetune": ".train"}
+
+__all__ = [
+    "S2FT",
+    "BaseConfig",
+    "LoRA",
+    "Verification",
+    "__version__",
+    "disabled",
+    "export",
+    "finetune",
+    "load",
+    "merge",
+    "optim",
+    "tune",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'inlay' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name], __name__), name)

@@ -1,0 +1,132 @@
+"""Write the tables of README.md and docs/ from benchmarks/results/*.json.
+
+    python benchmarks/tables.py            # rewrite the tables in place
+    python benchmarks/tables.py --check    # fail if a table is not what the JSON says
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; no number in it is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+DOCUMENTS = [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]
+_BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+#: What the tables call each method.
+TITLES = {
+    "inlay-s2ft": "**inlay S2FT** (o_proj + down_proj, 3%)",
+    "inlay-s2ft-in-place": "inlay S2FT, in place",
+    "inlay-lora": "inlay LoRA (r=16, all linears)",
+    "inlay-qlora": "inlay LoRA on nf4 (r=16, all linears)",
+    "inlay-s2ft-nf4": "inlay S2FT on nf4 (3%)",
+    "peft-lora": "PEFT LoRA (r=16, all linears)",
+    "peft-qlora": "PEFT + bitsandbytes NF4 (r=16, all linears)",
+    "full": "full fine-tuning (torch AdamW)",
+}
+
+
+def read(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    sys.path.insert(0, str(HERE))
+    from _measure import describe
+
+    return describe(machine)
+
+
+def step_table(name: str, peer: str) -> str:
+    """One training step per method; ratios are to ``peer``."""
+    result = read(name)
+    if result is None:
+        return "not measured yet\n"
+    rows = {row["method"]: row for row in result["rows"]}
+    other = rows[peer]
+    lines = [
+        "| SmolLM2-135M, 4 x 256 tokens, bf16 | tokens/s | peak memory above the model | kept for backward, per token and layer |",
+        "|---|---|---|---|",
+    ]
+    for method, row in rows.items():
+        speed = row["tokens_per_second"] / other["tokens_per_second"]
+        memory = row["peak_bytes_above_model"] / other["peak_bytes_above_model"]
+        lines.append(
+            f"| {TITLES.get(method, method)} | {row['tokens_per_second']:.0f} ({speed:.2f}x) | "
+            f"{row['peak_bytes_above_model'] / 2**20:,.0f} MiB ({memory:.2f}x) | "
+            f"{row['kept_per_token_per_layer'] / 1000:.1f} KB |"
+        )
+    floor = sum(result["floor"].values())
+    tokens = int(result["setting"]["batch"]) * int(result["setting"]["seq"])
+    lines.append("")
+    if floor:
+        lines.append(
+            f"The matrix products and attention of a step alone take {floor:.2f} s ({tokens / floor:.0f} tokens/s)."
+        )
+    lines.append(f"{machine_line(result['machine'])}.")
+    return "\n".join(lines) + "\n"
+
+
+def quality_table() -> str:
+    """Best cell of each method and budget by validation loss, mean over its seeds."""
+    result = read("quality")
+    if result is None:
+        return "not measured yet\n"
+    lines = [
+        "| method | equal | learning rate | phoneme error rate | forgetting (nats/token) | steps |",
+        "|---|---|---|---|---|---|",
+    ]
+    cells = result["cells"]
+    for budget in ("steps", "minutes"):
+        for method in dict.fromkeys(cell["method"] for cell in cells):
+            group = [c for c in cells if c["method"] == method and c["budget"] == budget]
+            first = [c for c in group if c["seed"] == 0]
+            if not first:
+                continue
+            best = min(first, key=lambda c: c["validation_loss"])
+            seeds = [c for c in group if c["learning_rate"] == best["learning_rate"]]
+            error = sum(c["error_rate"] for c in seeds) / len(seeds)
+            forgot = sum(c["forgetting"] for c in seeds) / len(seeds)
+            steps = sum(c["steps"] for c in seeds) / len(seeds)
+            amount = f"{best['amount']:g} {budget}"
+            rate = f"{best['learning_rate']:g}"
+            lines.append(
+                f"| {method} | {amount} | {rate} | {error:.1%} ({len(seeds)} seeds) | {forgot:+.3f} | {steps:.0f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "train-step": lambda: step_table("train_step_cpu", "peft-lora"),
+    "train-step-nf4": lambda: step_table("train_step_cpu_nf4", "peft-qlora"),
+    "quality": quality_table,
+}
+
+
+def rewrite(text: str) -> str:
+    return _BLOCK.sub(lambda m: f"{m[1]}{TABLES[m[2]]()}{m[4]}", text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = [path for path in DOCUMENTS if path.is_file() and rewrite(path.read_text()) != path.read_text()]
+    for path in stale:
+        print(f"{path.name}: tables {'are not what benchmarks/results say' if check else 'rewritten'}")
+        if not check:
+            path.write_text(rewrite(path.read_text()))
+    sys.exit(1 if check and stale else 0)
+
+
+if __name__ == "__main__":
+    main()
