@@ -32,6 +32,14 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def checkpoints_reentrantly(block: nn.Module) -> bool:
+    """Whether ``block`` runs under reentrant checkpointing, which records nothing if no input requires a gradient."""
+    if not (getattr(block, "gradient_checkpointing", False) and block.training):
+        return False
+    function = getattr(block, "_gradient_checkpointing_func", None)
+    return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
+
+
 @contextmanager
 def registered_attention(name: str, function: Callable[..., Any]) -> Iterator[None]:
     """Register an attention function under ``name`` for the time being."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..integrations.transformers import checkpoints_reentrantly
 from .mixed import Mixed, mix, unmix
 
 
@@ -43,10 +44,9 @@ class StopsBackprop(Mixed):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs.get("hidden_states")
-        if isinstance(hidden, Tensor) and hidden.requires_grad and torch.is_grad_enabled():
-            hidden = hidden.detach()
-            if getattr(self, "gradient_checkpointing", False) and self.training:
-                hidden.requires_grad_(True)  # reentrant checkpointing records nothing without it
+        reentrant = checkpoints_reentrantly(self)
+        if isinstance(hidden, Tensor) and (hidden.requires_grad or reentrant) and torch.is_grad_enabled():
+            hidden = hidden.detach().requires_grad_(reentrant)
             args, kwargs = ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
         return super().__call__(*args, **kwargs)
 
