@@ -52,9 +52,67 @@ def full(model: nn.Module) -> Built:
     return Built(model, torch.optim.AdamW(model.parameters(), lr=1e-5))
 
 
+def inlay_lora(model: nn.Module) -> Built:
+    """LoRA, r=16 on all linears, on the dense model."""
+    import inlay
+
+    inlay.tune(model, inlay.LoRA(r=16, lora_alpha=32))
+    return Built(model, inlay.optim.AdamW(_trainable(model), lr=1e-4))
+
+
+def inlay_qlora(model: nn.Module) -> Built:
+    """LoRA, r=16 on all linears, on NF4 with double quantization."""
+    import inlay
+
+    inlay.tune(model, inlay.LoRA(r=16, lora_alpha=32), base=inlay.BaseConfig("nf4", double_quant=True))
+    return Built(model, inlay.optim.AdamW(_trainable(model), lr=1e-4))
+
+
+def inlay_s2ft_nf4(model: nn.Module) -> Built:
+    """S2FT on o_proj and down_proj, 3% of the channels, on NF4 with double quantization."""
+    import inlay
+
+    inlay.tune(model, inlay.S2FT(ratio=0.03), base=inlay.BaseConfig("nf4", double_quant=True))
+    return Built(model, inlay.optim.AdamW(_trainable(model), lr=1e-4))
+
+
+def bitsandbytes_nf4(model: nn.Module) -> nn.Module:
+    """``model`` with its linears in bitsandbytes' NF4 with double quantization, as transformers loads it."""
+    import bitsandbytes as bnb
+
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and module is not model.get_output_embeddings():
+            made = bnb.nn.Linear4bit(
+                module.in_features,
+                module.out_features,
+                bias=module.bias is not None,
+                compute_dtype=module.weight.dtype,
+                compress_statistics=True,
+                quant_type="nf4",
+                device="meta",
+            )
+            made.weight = bnb.nn.Params4bit(
+                module.weight.detach(), requires_grad=False, compress_statistics=True, quant_type="nf4", module=made
+            ).to(module.weight.device)
+            made.bias = module.bias
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, made)
+    model.is_loaded_in_4bit = True
+    return model
+
+
+def peft_qlora(model: nn.Module) -> Built:
+    """PEFT LoRA, r=16 on all linears, on bitsandbytes' NF4 with double quantization; nothing else changed."""
+    return peft_lora(bitsandbytes_nf4(model))
+
+
 METHODS: dict[str, Callable[[nn.Module], Built]] = {
     "inlay-s2ft": inlay_s2ft,
     "inlay-s2ft-in-place": inlay_s2ft_in_place,
     "peft-lora": peft_lora,
     "full": full,
+    "inlay-lora": inlay_lora,
+    "inlay-qlora": inlay_qlora,
+    "inlay-s2ft-nf4": inlay_s2ft_nf4,
+    "peft-qlora": peft_qlora,
 }
