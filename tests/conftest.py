@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -15,3 +16,7 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _same_seed():
     torch.manual_seed(0)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # Trainer collects garbage after every run; going through all that torch made takes longer than the run
