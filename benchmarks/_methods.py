@@ -60,20 +60,12 @@ def inlay_lora(model: nn.Module) -> Built:
     return Built(model, inlay.optim.AdamW(_trainable(model), lr=1e-4))
 
 
-def inlay_qlora(model: nn.Module) -> Built:
-    """LoRA, r=16 on all linears, on NF4 with double quantization."""
-    import inlay
+def inlay_nf4(model: nn.Module) -> nn.Module:
+    """``model`` with its linears in inlay's NF4 with double quantization."""
+    from inlay.bases import BaseConfig, quantize_linears
 
-    inlay.tune(model, inlay.LoRA(r=16, lora_alpha=32), base=inlay.BaseConfig("nf4", double_quant=True))
-    return Built(model, inlay.optim.AdamW(_trainable(model), lr=1e-4))
-
-
-def inlay_s2ft_nf4(model: nn.Module) -> Built:
-    """S2FT on o_proj and down_proj, 3% of the channels, on NF4 with double quantization."""
-    import inlay
-
-    inlay.tune(model, inlay.S2FT(ratio=0.03), base=inlay.BaseConfig("nf4", double_quant=True))
-    return Built(model, inlay.optim.AdamW(_trainable(model), lr=1e-4))
+    quantize_linears(model, BaseConfig("nf4", double_quant=True))
+    return model
 
 
 def bitsandbytes_nf4(model: nn.Module) -> nn.Module:
@@ -101,18 +93,25 @@ def bitsandbytes_nf4(model: nn.Module) -> nn.Module:
     return model
 
 
-def peft_qlora(model: nn.Module) -> Built:
-    """PEFT LoRA, r=16 on all linears, on bitsandbytes' NF4 with double quantization; nothing else changed."""
-    return peft_lora(bitsandbytes_nf4(model))
-
+#: What turns a dense model into the method's base; not counted as part of the method.
+LOADERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "inlay-qlora": inlay_nf4,
+    "inlay-s2ft-nf4": inlay_nf4,
+    "peft-qlora": bitsandbytes_nf4,
+}
 
 METHODS: dict[str, Callable[[nn.Module], Built]] = {
     "inlay-s2ft": inlay_s2ft,
     "inlay-s2ft-in-place": inlay_s2ft_in_place,
-    "peft-lora": peft_lora,
-    "full": full,
     "inlay-lora": inlay_lora,
-    "inlay-qlora": inlay_qlora,
-    "inlay-s2ft-nf4": inlay_s2ft_nf4,
-    "peft-qlora": peft_qlora,
+    "inlay-qlora": inlay_lora,
+    "inlay-s2ft-nf4": inlay_s2ft,
+    "peft-lora": peft_lora,
+    "peft-qlora": peft_lora,
+    "full": full,
 }
+
+
+def load(method: str, model: nn.Module) -> nn.Module:
+    """The base that ``method`` trains on, made from a dense ``model``."""
+    return LOADERS[method](model) if method in LOADERS else model

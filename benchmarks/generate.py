@@ -22,7 +22,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import _measure
 import _models
-from _methods import METHODS
+from _methods import METHODS, load
 
 PROMPT = 32
 CASES = ("inlay-qlora", "inlay-s2ft-nf4", "peft-qlora")
@@ -62,7 +62,7 @@ def main() -> None:
     args = parse()
     names, models = args.methods.split(","), {}
     for name in names:
-        models[name] = METHODS[name](_models.build(args.model, args.device)).model.eval()
+        models[name] = METHODS[name](load(name, _models.build(args.model, args.device))).model.eval()
     rows = []
     for batch in (int(b) for b in args.batches.split(",")):
         runs = {name: decode(model, batch, args.tokens, args.device) for name, model in models.items()}

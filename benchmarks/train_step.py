@@ -49,9 +49,9 @@ def worker(args: argparse.Namespace) -> None:
     sys.path.insert(0, str(HERE))
     import _measure
     import _models
-    from _methods import METHODS
+    from _methods import METHODS, load
 
-    model = _models.build(args.model, args.device, getattr(torch, args.dtype))
+    model = load(args.worker, _models.build(args.model, args.device, getattr(torch, args.dtype)))
     tokens = torch.randint(0, model.config.vocab_size, (args.batch, args.seq), device=args.device)
     before = _measure.reset_peak(args.device)
     built = METHODS[args.worker](model)
