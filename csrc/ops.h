@@ -68,9 +68,10 @@ INLAY_OP(causal_attention_backward,
           const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out,
           const TensorView& lse, double scale))
 
-// absmax[b] = max |w| in block b;  code = level nearest to w/absmax[b];  packed[i] = code[2i] << 4 |
-// code[2i+1] packed u8 [ceil(n/2)]; absmax f32 [ceil(n/blocksize)]; w float [n]; bounds f32 [15], between
-// sorted levels; order u8 [16], codes in the order of their levels
+// absmax[b] = max |w| in block b, NaN if w is not finite there;  code = level nearest to w/absmax[b]
+// packed[i] = code[2i] << 4 | code[2i+1]                 packed u8 [ceil(n/2)]; absmax f32
+// [ceil(n/blocksize)] w float [n]; bounds f32 [15], between sorted levels; order u8 [16], codes in the order
+// of their levels
 INLAY_OP(quantize_4bit, (const TensorView& packed, const TensorView& absmax, const TensorView& w,
                          const TensorView& bounds, const TensorView& order, int64_t blocksize))
 

@@ -41,11 +41,15 @@ struct Bisection {
 template <class T>
 void quantize_block(const T* w, int64_t size, int64_t blocksize, const Bisection& bisection,
                     const uint8_t* order, uint8_t* packed, float* absmax) {
-  Vec largest(0.0f);
-  for_vecs(size, [&](int64_t i, int n) { largest = max(abs(load_n(w + i, n)), largest); });
+  Vec largest(0.0f), poison(0.0f);  // max drops a NaN; infinity and NaN times 0 are NaN, and stay it
+  for_vecs(size, [&](int64_t i, int n) {
+    const Vec x = load_n(w + i, n);
+    largest = max(abs(x), largest);
+    poison = fma(x, Vec(0.0f), poison);
+  });
   const float raw = max_lane(largest), divisor = raw > kSmallest ? raw : kSmallest;
   const bool full = size == blocksize;
-  *absmax = full ? raw : divisor;
+  *absmax = (full ? raw : divisor) + sum(poison);
   // A full block multiplies by the reciprocal, a tail block divides: bitsandbytes' rounding in each case.
   float scaled[kLargestBlock + 16];
   uint8_t codes[kLargestBlock + 16];

@@ -75,14 +75,16 @@ class BaseConfig:
 
 
 def quantize_linears(model: nn.Module, config: BaseConfig) -> int:
-    """Replace the linears ``config`` names by quantized ones, in place; how many. Dense weights are freed one by one."""
+    """Replace the linears ``config`` names by quantized ones, in place, each freed in turn; how many."""
     count = 0
     for name, base in config.names(model).items():
         module = model.get_submodule(name)
         if isinstance(module, QuantizedLinear):
             continue
         parent, _, leaf = name.rpartition(".")
-        storage = config.storage(base, module.out_features, module.in_features) if isinstance(module, nn.Linear) else None
+        storage = (
+            config.storage(base, module.out_features, module.in_features) if isinstance(module, nn.Linear) else None
+        )
         quantized = QuantizedLinear.of(module, storage or config.storage(base, module.nf, module.nx), name)
         setattr(model.get_submodule(parent), leaf, quantized)
         count += 1

@@ -20,7 +20,7 @@ from ..ops.quantize_blockwise import (
     quantize_absmax,
 )
 from ..ops.quantized_linear import quantized_linear, quantized_linear_backward_input
-from .quantized import STORAGES, Storage, check_finite
+from .quantized import STORAGES, Storage, naming
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class FourBit(Storage):
         return {"blocksize": config.blocksize, "double_quant": config.double_quant}
 
     def quantize(self, weight: Tensor, where: str) -> tuple[Tensor | None, ...]:
-        check_finite(weight, where)
-        packed, absmax = quantize_4bit(weight, self.quant_type, self.blocksize)
+        with naming(where):
+            packed, absmax = quantize_4bit(weight, self.quant_type, self.blocksize)
         if not self.double_quant:
             return packed, absmax, None, None
         codes, absmax2, offset = quantize_absmax(absmax)
@@ -73,6 +73,7 @@ class FourBit(Storage):
         )
 
     def zero_(self, dim: int, indices: Tensor, *tensors: Tensor | None) -> None:
+        assert tensors[0] is not None
         packed = tensors[0].data
         codes = torch.stack((packed >> 4, packed & 15), dim=1).reshape(-1)
         weights = codes[: self.rows * self.columns].view(self.rows, self.columns)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..ops.quantize_blockwise import dequantize_int8, quantize_int8
-from .quantized import STORAGES, Storage, check_finite
+from .quantized import STORAGES, Storage, naming
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Int8(Storage):
     names: ClassVar[tuple[str, ...]] = ("codes", "absmax")
 
     def quantize(self, weight: Tensor, where: str) -> tuple[Tensor | None, ...]:
-        check_finite(weight, where)
-        return quantize_int8(weight)
+        with naming(where):
+            return quantize_int8(weight)
 
     def forward(self, x: Tensor, *tensors: Tensor | None) -> Tensor:
         *storage, bias = tensors
@@ -40,6 +40,7 @@ class Int8(Storage):
         return dequantize_int8(codes, absmax, dtype)
 
     def zero_(self, dim: int, indices: Tensor, *tensors: Tensor | None) -> None:
+        assert tensors[0] is not None
         tensors[0].data.index_fill_(dim, indices, 0)
 
 

@@ -10,6 +10,8 @@ A *base* is a class with two static methods and no state, so that any autograd f
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,7 @@ class _BaseLinear(torch.autograd.Function):
     """``y = base(x)``, differentiable in ``x`` only. Keeps nothing but the frozen tensors."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, base: type, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, base: Any, *tensors: Tensor | None) -> Tensor:
         ctx.base = base
         ctx.save_for_backward(*tensors)
         return base.forward(x, *tensors)
@@ -31,12 +33,13 @@ class _BaseLinear(torch.autograd.Function):
         return (dx, None, *[None] * len(ctx.saved_tensors))
 
 
-def base_linear(x: Tensor, base: type, *tensors: Tensor | None) -> Tensor:
+def base_linear(x: Tensor, base: Any, *tensors: Tensor | None) -> Tensor:
     """``base(x)`` for ``x [..., in]`` -> ``[..., out]``, differentiable in ``x`` only."""
     if base is DenseBase:  # torch's own node is the cheapest, and frozen operands keep nothing
         return nn.functional.linear(x, *tensors)
     if base is DenseBaseT:
         weight, bias = tensors
+        assert weight is not None
         return nn.functional.linear(x, weight.t(), bias)
     return _BaseLinear.apply(x, base, *tensors)
 

@@ -7,8 +7,10 @@ reinterpreted as other dtypes, sharded by FSDP2, left alone by ``.half()`` and `
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,13 +55,23 @@ class Storage:
         raise NotImplementedError(f"{type(self).__name__} must define zero_(dim, indices, *tensors)")
 
 
-def check_finite(weight: Tensor, where: str) -> None:
-    """A weight with NaN or infinity would poison its whole block."""
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"{where}: wanted finite weights to quantize, got NaN or infinity; check the checkpoint")
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Errors of the ops inside say which weight they are about."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where}: {error}") from None
 
 
-class QuantizedWeight:
+# To a type checker this mixin is the module it is mixed into.
+if TYPE_CHECKING:
+    from torch.nn import Module as _Module
+else:
+    _Module = object
+
+
+class QuantizedWeight(_Module):
     """What modules with a quantized weight share: ``weight`` answers with dense values, ``.half()`` keeps the bytes."""
 
     storage: Storage

@@ -58,7 +58,7 @@ def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
             yield from (item for item in arg if isinstance(item, Tensor))
 
 
-def _in_plain_torch(args: Sequence[Any]) -> bool:
+def in_plain_torch(args: Sequence[Any]) -> bool:
     """True where a tensor's data_ptr() is what it seems: no tracing, no modes, no subclasses."""
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
@@ -82,7 +82,7 @@ class RawOp:
         RAW_OPS[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
-        if not torch.compiler.is_compiling() and _in_plain_torch(args):
+        if not torch.compiler.is_compiling() and in_plain_torch(args):
             return self.run(*args)
         return self.overload(*args)
 

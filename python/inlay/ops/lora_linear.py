@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -30,7 +29,9 @@ def _check(x: Tensor, a: Tensor, b: Tensor) -> None:
         got = f"A {tuple(a.shape)}, B {tuple(b.shape)}"
         fail("lora_linear", "A, B", f"[r, {x.shape[-1]}] and [out, r]", got, "match the factors to the base weight")
     if a.dtype != compute_dtype(x) or b.dtype != a.dtype:
-        fail("lora_linear", "A, B", str(compute_dtype(x)), f"{a.dtype}, {b.dtype}", "keep trainables in fp32", TypeError)
+        fail(
+            "lora_linear", "A, B", str(compute_dtype(x)), f"{a.dtype}, {b.dtype}", "keep trainables in fp32", TypeError
+        )
 
 
 def _add_forward(y: Tensor, xl: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -40,9 +41,7 @@ def _add_forward(y: Tensor, xl: Tensor, a: Tensor, b: Tensor, scale: float) -> T
     return xa
 
 
-def _gradients(
-    dy: Tensor, xl: Tensor, xa: Tensor, a: Tensor, b: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(dy: Tensor, xl: Tensor, xa: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """dA fp32 [r, in], dB fp32 [out, r] and dyb [M, r]."""
     rows = as_rows(dy)
     dyb = rows.mm((b * scale).to(dy.dtype))

@@ -85,8 +85,9 @@ def check_blocksize(op: str, blocksize: int) -> None:
         fail(op, "blocksize", f"one of {BLOCKSIZES}", blocksize, "64 is the usual choice")
 
 
-def _check_finite(op: str, w: Tensor) -> None:
-    if not bool(torch.isfinite(w).all()):
+def _check_finite(op: str, absmax: Tensor) -> None:
+    """A scale is finite if and only if all weights of its block are."""
+    if not bool(torch.isfinite(absmax).all()):
         fail(
             op, "w", "finite values", "NaN or infinity", "a weight like this cannot be quantized; check the checkpoint"
         )
@@ -113,6 +114,7 @@ def _quantize_4bit_native(w: Tensor, quant_type: str, blocksize: int) -> tuple[T
     absmax = torch.empty(_blocks(flat.numel(), blocksize), dtype=torch.float32)
     bounds, order = _bounds(quant_type)
     module().quantize_4bit(packed, absmax, flat, bounds, order.to(torch.uint8), blocksize)
+    _check_finite("quantize_4bit", absmax)
     return packed, absmax
 
 
@@ -133,6 +135,7 @@ def quantize_4bit(w: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, T
     if tail.numel():
         last = tail.abs().amax().clamp(min=_SMALLEST).reshape(1)
         absmax, scaled = torch.cat((absmax, last)), torch.cat((scaled, tail / last))
+    _check_finite("quantize_4bit", absmax)
     if scaled.numel() % 2:
         scaled = torch.nn.functional.pad(scaled, (0, 1))
     bounds, order = (t.to(w.device) for t in _bounds(quant_type))
@@ -141,7 +144,14 @@ def quantize_4bit(w: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, T
 
 
 def check_packed(
-    op: str, packed: Tensor, absmax: Tensor, codes: Tensor | None, blocksize: int, rows: int, columns: int
+    op: str,
+    packed: Tensor,
+    absmax: Tensor,
+    codes: Tensor | None,
+    offset: Tensor | None,
+    blocksize: int,
+    rows: int,
+    columns: int,
 ) -> None:
     """The storage of a [rows, columns] weight must have the sizes its shape and blocksize call for."""
     check_blocksize(op, blocksize)
@@ -154,7 +164,12 @@ def check_packed(
         fail(op, "codes", f"{blocks} uint8 scales", f"{codes.numel()} of {codes.dtype}", "check blocksize and shape")
     scales = blocks if codes is None else _blocks(blocks, NESTED_BLOCKSIZE)
     if absmax.dtype != torch.float32 or absmax.numel() != scales:
-        fail(op, "absmax", f"{scales} float32 scales", f"{absmax.numel()} of {absmax.dtype}", "check blocksize and shape")
+        fail(
+            op, "absmax", f"{scales} float32 scales", f"{absmax.numel()} of {absmax.dtype}", "check blocksize and shape"
+        )
+    if codes is not None and (offset is None or offset.dtype != torch.float32 or offset.numel() != 1):
+        got = None if offset is None else f"{offset.numel()} of {offset.dtype}"
+        fail(op, "offset", "one float32 number", got, "pass the mean that was taken from the scales")
 
 
 def _dequantize_4bit_native(
@@ -213,7 +228,7 @@ def dequantize_4bit(
     offset: Tensor | None = None,
 ) -> Tensor:
     """The dense weight [rows, columns] in `dtype`."""
-    check_packed("dequantize_4bit", packed, absmax, codes, blocksize, rows, columns)
+    check_packed("dequantize_4bit", packed, absmax, codes, offset, blocksize, rows, columns)
     out = torch.empty(rows, columns, dtype=dtype, device=packed.device)
     dequantize_4bit_(out, packed, absmax, codes, offset, quant_type, blocksize, columns, 0, 0)
     return out
@@ -258,10 +273,10 @@ def dequantize_absmax(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
 
 
 def quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:
-    """w [N, K] float -> codes int8 [N, K], row absmax fp32 [N]: codes = round(w·127 / absmax) (LLM.int8, 2208.07339)."""
-    _check_finite("quantize_int8", w)
+    """w [N, K] float -> codes int8 [N, K], row absmax fp32 [N]: codes = round(w·127 / absmax) (arXiv:2208.07339)."""
     wide = w.detach().float()
     absmax = wide.abs().amax(dim=1)
+    _check_finite("quantize_int8", absmax)
     scale = torch.where(absmax > 0, 127.0 / absmax, torch.zeros_like(absmax))
     return (wide * scale[:, None]).round().to(torch.int8), absmax
 

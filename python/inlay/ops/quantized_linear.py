@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from inlay._native import module
-from inlay.ops._registry import as_rows, check_device, check_floating, raw_op
+from inlay.ops._registry import as_rows, check_device, check_floating, compute_dtype, in_plain_torch, raw_op
 from inlay.ops.quantize_blockwise import check_packed, dequantize_4bit_, dynamic_map, levels
 
 #: Rows of x up to which decoding in registers wins over dequantizing a panel for torch.matmul; measured on a CPU with
@@ -30,12 +30,19 @@ PANEL_BYTES = 4 << 20
 _workspaces = threading.local()
 
 
-def workspace(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A reused scratch tensor of at least `numel` elements, one per thread, dtype and device; grows, never shrinks."""
+def workspace(numel: int, like: Tensor) -> Tensor:
+    """Scratch of `numel` elements in `like`'s dtype and device: one per thread, which grows and never shrinks.
+
+    While tracing it is new at each call: a fake or functional tensor must not be kept for later, real, calls.
+    """
+    if torch.compiler.is_compiling() or not in_plain_torch((like,)):
+        return like.new_empty(numel)
     held: dict = _workspaces.__dict__.setdefault("held", {})
-    if (dtype, device) not in held or held[dtype, device].numel() < numel:
-        held[dtype, device] = torch.empty(max(numel, 1), dtype=dtype, device=device)
-    return held[dtype, device][:numel]
+    key = like.dtype, like.device
+    if key not in held or held[key].numel() < numel:
+        with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode
+            held[key] = torch.empty(max(numel, 1), dtype=like.dtype, device=like.device)
+    return held[key][:numel]
 
 
 def _native(
@@ -85,10 +92,10 @@ def quantized_linear_small(
     rows: int,
 ) -> Tensor:
     """x [M, K] · W [rows, K]ᵀ + bias -> [M, rows] with fp32 weights, products and sums, rounded once."""
-    weight = torch.empty(rows, x.shape[1], dtype=torch.float32, device=x.device)
+    wide = compute_dtype(x)
+    weight = torch.empty(rows, x.shape[1], dtype=wide, device=x.device)
     dequantize_4bit_(weight, packed, absmax, codes, offset, quant_type, blocksize, x.shape[1], 0, 0)
-    wide = None if bias is None else bias.float()
-    return functional.linear(x.float(), weight, wide).to(x.dtype)
+    return functional.linear(x.to(wide), weight, None if bias is None else bias.to(wide)).to(x.dtype)
 
 
 def quantized_linear(
@@ -112,8 +119,8 @@ def quantized_linear(
     check_floating("quantized_linear", "x", x)
     check_device("quantized_linear", "packed", packed, "x", x)
     columns = x.shape[-1]
-    check_packed("quantized_linear", packed, absmax, codes, blocksize, rows, columns)
-    flat = as_rows(x)
+    check_packed("quantized_linear", packed, absmax, codes, offset, blocksize, rows, columns)
+    flat = as_rows(x.detach())  # autograd must not keep panels, which are overwritten
     if flat.shape[0] <= SMALL_ROWS:
         y = quantized_linear_small(flat, packed, absmax, codes, offset, bias, quant_type, blocksize, rows)
         return y.view(*x.shape[:-1], rows)
@@ -121,7 +128,7 @@ def quantized_linear(
     panels = []
     for row in range(0, rows, height):
         count = min(height, rows - row)
-        panel = workspace(count * columns, x.dtype, x.device).view(count, columns)
+        panel = workspace(count * columns, flat).view(count, columns)
         dequantize_4bit_(panel, packed, absmax, codes, offset, quant_type, blocksize, columns, row, 0)
         part = None if bias is None else bias[row : row + count].to(x.dtype)
         panels.append(functional.linear(flat, panel, part))
@@ -140,13 +147,16 @@ def quantized_linear_backward_input(
     columns: int,
 ) -> Tensor:
     """dy [..., N] · dequant(W [N, columns]) -> dx [..., columns]; no autograd."""
+    check_floating("quantized_linear_backward_input", "dy", dy)
+    check_device("quantized_linear_backward_input", "packed", packed, "dy", dy)
     rows = dy.shape[-1]
-    flat = as_rows(dy)
+    check_packed("quantized_linear_backward_input", packed, absmax, codes, offset, blocksize, rows, columns)
+    flat = as_rows(dy.detach())
     width = max(1, PANEL_BYTES // (rows * dy.element_size()))
     panels = []
     for column in range(0, columns, width):
         count = min(width, columns - column)
-        panel = workspace(rows * count, dy.dtype, dy.device).view(rows, count)
+        panel = workspace(rows * count, flat).view(rows, count)
         dequantize_4bit_(panel, packed, absmax, codes, offset, quant_type, blocksize, columns, 0, column)
         panels.append(flat.mm(panel))
     dx = panels[0] if len(panels) == 1 else torch.cat(panels, dim=1)
