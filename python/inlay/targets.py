@@ -69,7 +69,8 @@ def resolve(
     """Names of the linears that ``target_modules`` means, in module order.
 
     Raises:
-        ValueError: an explicit target matches no linear; or no default does; or exclusion leaves none.
+        ValueError: an explicit target matches no linear; or no default does; or an exclusion or a layer means none; or
+            they leave none.
     """
     candidates = linears(model)
     if target_modules is None:
@@ -80,13 +81,19 @@ def resolve(
         names = [name for name in candidates if name not in heads]
         wanted = '"all-linear"'
     elif isinstance(target_modules, str):
-        names = [name for name in candidates if re.fullmatch(target_modules, name)]
+        names = [name for name in candidates if _matches(target_modules, name)]
         wanted = f"the pattern {target_modules!r}"
+        if not names and (hits := [name for name in candidates if suffix_match(name, target_modules)]):
+            raise ValueError(
+                f"{wanted} is a regular expression for whole names and matched none, such as {hits[0]!r}; "
+                f"did you mean the list [{target_modules!r}]?"
+            )
     else:
         names = _match_list(candidates, target_modules)
         wanted = f"target_modules={list(target_modules)}"
     if not names:
         raise ValueError(f"{wanted} matched no linear of this {type(model).__name__}; {_what_exists(candidates)}")
+    _check_each_matters(candidates, names, exclude_modules, layers_to_transform)
     kept = [n for n in names if not _excluded(n, exclude_modules) and _in_layers(n, layers_to_transform)]
     if not kept:
         raise ValueError(
@@ -94,6 +101,30 @@ def resolve(
             f"layers_to_transform={layers_to_transform} left none; loosen one of them"
         )
     return kept
+
+
+def _check_each_matters(
+    candidates: Iterable[str],
+    names: Iterable[str],
+    exclude: str | Sequence[str] | None,
+    layers: int | Sequence[int] | None,
+) -> None:
+    """Raise ValueError on an exclusion that matches no linear, or a layer in which nothing is tuned: slips of the pen."""
+    for entry in [] if exclude is None else [exclude] if isinstance(exclude, str) else exclude:
+        if not any(_excluded(name, exclude if isinstance(exclude, str) else [entry]) for name in candidates):
+            raise ValueError(f"exclude_modules: {entry!r} matched no linear; {_what_exists(candidates, entry)}")
+    there = {layer_index(name) for name in names}
+    for layer in [] if layers is None else [layers] if isinstance(layers, int) else layers:
+        if layer not in there:
+            known = sorted(index for index in there if index is not None)
+            raise ValueError(f"layers_to_transform: nothing to tune in layer {layer}; there are {known or 'no layers'}")
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression ({error}); a list takes plain names") from None
 
 
 def suffix_match(name: str, entry: str) -> bool:
@@ -127,7 +158,7 @@ def _excluded(name: str, exclude: str | Sequence[str] | None) -> bool:
     if exclude is None:
         return False
     if isinstance(exclude, str):
-        return re.fullmatch(exclude, name) is not None
+        return _matches(exclude, name)
     return any(suffix_match(name, entry) for entry in exclude)
 
 

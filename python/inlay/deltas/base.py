@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +39,11 @@ class Delta(nn.Module):
         """``y + x·ΔWᵀ`` for ``x [..., in]``, ``y [..., out]``; saves only what its own gradient needs."""
         raise NotImplementedError(f"{type(self).__name__} must define add_to(y, x)")
 
-    def linear(self, x: Tensor, base: type, *tensors: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor, base: Any, *tensors: Tensor | None) -> Tensor:
         """``base(x) + x·ΔWᵀ``. Deltas override this where one fused op does both; same result."""
         return self.add_to(base_linear(x, base, *tensors), x)
 
-    def gated_linear(self, gate: Tensor, up: Tensor, act: str, base: type, *tensors: Tensor | None) -> Tensor:
+    def gated_linear(self, gate: Tensor, up: Tensor, act: str, base: Any, *tensors: Tensor | None) -> Tensor:
         """``linear(act(gate) * up)``. Overridden where the backward can rebuild the product instead of keeping it."""
         return self.linear(swiglu(gate, up, act), base, *tensors)
 

@@ -6,6 +6,7 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, a
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +46,10 @@ class LowRankDelta(Delta):
         inner = (x if dropped is None else dropped).to(self.lora_A.dtype) @ self.lora_A.t()
         return (y + self.scale * (inner @ self.lora_B.t())).to(y.dtype)
 
-    def linear(self, x: Tensor, base: type, *tensors: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor, base: Any, *tensors: Tensor | None) -> Tensor:
         return lora_linear(x, self.lora_A, self.lora_B, self.scale, base, *tensors, dropped=self._dropped(x))
 
-    def gated_linear(self, gate: Tensor, up: Tensor, act: str, base: type, *tensors: Tensor | None) -> Tensor:
+    def gated_linear(self, gate: Tensor, up: Tensor, act: str, base: Any, *tensors: Tensor | None) -> Tensor:
         if self.training and self.dropout > 0:  # dropout makes another tensor of the product; nothing to rebuild
             return super().gated_linear(gate, up, act, base, *tensors)
         return swiglu_lora_linear(gate, up, act, self.lora_A, self.lora_B, self.scale, base, *tensors)

@@ -6,7 +6,7 @@ Source: Yang et al., "S²FT: Efficient, Scalable and Generalizable LLM Fine-tuni
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -68,10 +68,10 @@ class SubmatrixDelta(Delta):
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         return submatrix_add_delta(y, x, self.s2ft_values, self.s2ft_indices, self.side)
 
-    def linear(self, x: Tensor, base: type, *tensors: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor, base: Any, *tensors: Tensor | None) -> Tensor:
         return submatrix_linear(x, self.s2ft_values, self.s2ft_indices, self.side, base, *tensors)
 
-    def gated_linear(self, gate: Tensor, up: Tensor, act: str, base: type, *tensors: Tensor | None) -> Tensor:
+    def gated_linear(self, gate: Tensor, up: Tensor, act: str, base: Any, *tensors: Tensor | None) -> Tensor:
         if self.side == "out":  # needs all of its input
             return super().gated_linear(gate, up, act, base, *tensors)
         return swiglu_submatrix_linear(
@@ -130,7 +130,7 @@ class InPlaceSubmatrixDelta(SubmatrixDelta):
         with torch.no_grad():
             self.s2ft_values.copy_(original)
 
-    def linear(self, x: Tensor, base: type, *tensors: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor, base: Any, *tensors: Tensor | None) -> Tensor:
         return submatrix_linear_in_place(x, self.s2ft_values, self.s2ft_indices, self.side, base, *tensors)
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:

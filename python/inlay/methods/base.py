@@ -70,7 +70,7 @@ class Method:
         quantize_linears(model, config)
 
     def peft_fields(self, targets: Sequence[str]) -> dict[str, Any]:
-        """The options as PEFT's config of this ``peft_type`` would store them; ``targets``: the tuned modules' names."""
+        """The options as PEFT's config of this ``peft_type`` stores them; ``targets``: the tuned modules' names."""
         return self.to_dict()
 
     @classmethod

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from ..bases import BaseConfig, QuantizedLinear
 from ..bases.linear import out_in_view
 from ..deltas import Delta, LowRankDelta
-from .loftq import loftq
 from ..targets import resolve
 from .base import Calibration, Method, check_one_of
+from .loftq import loftq
 
 
 @dataclass

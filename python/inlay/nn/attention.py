@@ -38,6 +38,7 @@ class FusedAttention(Mixed):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        assert position_embeddings is not None, "rotary attention wants position_embeddings"
         cos, sin = position_embeddings
         query, key, value = rotated_qkv(self, hidden_states, cos, sin)
         if past_key_values is not None:

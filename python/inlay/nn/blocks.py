@@ -7,6 +7,7 @@ gated MLP  keeps gate and up                instead of gate, act(gate), up and t
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def norm_settings(module: nn.Module) -> dict[str, float] | None:
     twin = shallow(module, {}, {"weight": torch.randn(width, generator=random)})
     x = torch.randn(3, width, generator=random) * 3e-3  # small, so that a wrong eps shows
     for offset in (0.0, 1.0):
-        if same(lambda: twin(x), lambda offset=offset: rms_norm(x, twin.weight, eps, offset)):
+        if same(partial(twin, x), partial(rms_norm, x, twin.weight, eps, offset)):
             return {"inlay_eps": eps, "inlay_offset": offset}
     return None
 
@@ -70,9 +71,13 @@ def mlp_settings(module: nn.Module) -> dict[str, str] | None:
     twin = shallow(module, small, {})
     x = torch.randn(5, 8, generator=random)
     for act in ("silu", "gelu_tanh", "gelu"):
-        if same(lambda: twin(x), lambda act=act: twin.down_proj(swiglu(twin.gate_proj(x), twin.up_proj(x), act))):
+        if same(partial(twin, x), partial(_gated, twin, x, act)):
             return {"inlay_act": act}
     return None
+
+
+def _gated(module: nn.Module, x: Tensor, act: str) -> Tensor:
+    return module.down_proj(swiglu(module.gate_proj(x), module.up_proj(x), act))
 
 
 #: Each mixin with what proves that a module may have it.
@@ -94,9 +99,10 @@ def install_blocks(model: nn.Module) -> dict[str, int]:
             key = (mixin, type(module), _signature(module))
             if key not in proven:
                 proven[key] = _settings_in_both_modes(module, settings_of)
-            if proven[key] is not None:
+            settings = proven[key]
+            if settings is not None:
                 mix(module, mixin)
-                for name, value in proven[key].items():
+                for name, value in settings.items():
                     setattr(module, name, value)
                 counts[mixin.__name__] = counts.get(mixin.__name__, 0) + 1
                 break

@@ -6,18 +6,26 @@ attentions and hidden states by class), and :func:`unmix` undoes it.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 from torch import nn
 
+# To a type checker a mixin is the module it will be mixed into.
+if TYPE_CHECKING:
+    from torch.nn import Module as _Module
+else:
+    _Module = object
 
-class Mixed:
+
+class Mixed(_Module):
     """Base of mixins for :func:`mix`."""
 
-    _inlay_plain_class: type
+    _inlay_plain_class: Any
+    _inlay_mixin: type
 
-    def __reduce_ex__(self, protocol: int):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Pickle by mixin and plain class, since the mixed class exists only at run time."""
         return _rebuild, (self._inlay_mixin, self._inlay_plain_class), dict(self.__dict__)
 
@@ -27,7 +35,7 @@ class Mixed:
 
 
 @cache
-def mixed_class(mixin: type, plain: type) -> type:
+def mixed_class(mixin: Any, plain: Any) -> Any:
     """``plain`` with ``mixin`` in front, under the plain class's name, which transformers and users read."""
     attributes = {
         "_inlay_plain_class": plain,
@@ -40,7 +48,7 @@ def mixed_class(mixin: type, plain: type) -> type:
 
 def mix(module: nn.Module, mixin: type) -> nn.Module:
     """Put ``mixin`` in front of ``module``'s class, in place."""
-    module.__class__ = mixed_class(mixin, type(module))
+    module.__class__ = mixed_class(mixin, cast(Hashable, type(module)))
     return module
 
 
@@ -54,4 +62,5 @@ def unmix(module: nn.Module) -> nn.Module:
 
 
 def _rebuild(mixin: type, plain: type) -> nn.Module:
-    return (cls := mixed_class(mixin, plain)).__new__(cls)
+    mixed = mixed_class(mixin, plain)
+    return mixed.__new__(mixed)

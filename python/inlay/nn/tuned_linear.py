@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..bases.linear import base_linear, base_of, is_conv1d
 from ..deltas import Delta
 from ..ops.swiglu import swiglu
+
+#: Where torch keeps the hooks of a module.
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
 
 
 class TunedLinear(nn.Linear):
@@ -23,7 +36,7 @@ class TunedLinear(nn.Linear):
     def __init__(self, module: nn.Module) -> None:
         nn.Module.__init__(self)  # not nn.Linear's: the weights exist already
         weight = module.weight
-        self.base = base_of(module)
+        self.base: Any = base_of(module)
         out_features, in_features = weight.shape[::-1] if is_conv1d(module) else weight.shape
         self.in_features, self.out_features = int(in_features), int(out_features)
         if is_conv1d(module):
@@ -38,6 +51,9 @@ class TunedLinear(nn.Linear):
         self.active: tuple[str, ...] = ()
         self.plain_holder = (module,)  # a tuple, so that it is not a submodule and adds no state-dict keys
         self.training = module.training
+        for hooks in _HOOKS:  # the same dicts, so that a hook stays whichever of the two it was put on
+            setattr(self, hooks, getattr(module, hooks))
+        self._is_full_backward_hook = module._is_full_backward_hook
 
     @property
     def base_tensors(self) -> tuple[Tensor | None, ...]:
@@ -89,8 +105,7 @@ class TunedLinear(nn.Linear):
     @property
     def watched(self) -> bool:
         """True if hooks, or a ``forward`` put in place of ours, rely on calls of this module."""
-        hooks = (self._forward_pre_hooks, self._forward_hooks, self._backward_pre_hooks, self._backward_hooks)
-        return any(hooks) or "forward" in self.__dict__
+        return any(getattr(self, hooks) for hooks in _HOOKS) or "forward" in self.__dict__
 
     def active_deltas(self) -> list[Delta]:
         """The deltas a forward applies, in the order they were activated."""

@@ -8,9 +8,21 @@ out_in(*tensors) -> weight         optional: the weight as an [out, in] view, fo
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+
+class BaseProducts(Protocol):
+    """What every base offers, as a class with static methods or as an object."""
+
+    def forward(self, x: Tensor, *tensors: Tensor | None) -> Tensor:
+        """[..., in] -> [..., out]"""
+
+    def backward_input(self, dy: Tensor, *tensors: Tensor | None) -> Tensor:
+        """[..., out] -> [..., in]"""
 
 
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
