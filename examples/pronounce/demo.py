@@ -17,6 +17,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local
 
 import torch
+import transformers
 from fetch import fetch
 from plot import plot_curves
 from task import ErrorRate, Word, error_rate, pronounce, split_words, text_loss
@@ -40,6 +41,7 @@ EXACT = 1e-3  # |logit difference| in float32: rounding of sums in another order
 
 def main() -> None:
     args = parse_arguments()
+    transformers.utils.logging.disable_progress_bar()
     started = time.perf_counter()
     config = load_config(HERE.parent / "pronounce.yaml", [f"model={args.cache}/smollm2", *args.overrides])
     output = Path(args.output)
@@ -162,7 +164,8 @@ def check_merge(model: Any, tokenizer: Any, prompts: list[str], output: Path) ->
     plain.save_pretrained(output / "merged")
     tokenizer.save_pretrained(output / "merged")
     dtype = str(model.dtype).removeprefix("torch.")
-    print(f"merged against base + adapter, {dtype}: {inlay.verify(model, plain, prompts, tokenizer=tokenizer)}")
+    found = inlay.verify(model, plain, prompts, tokenizer=tokenizer, max_new_tokens=8)
+    print(f"merged against base + adapter, {dtype} (each rounds at its own place): {found}")
 
 
 def check_peft(model: Any, tokenizer: Any, prompts: list[str], output: Path, load_base: Callable[[], Any]) -> None:
@@ -177,7 +180,7 @@ def check_peft(model: Any, tokenizer: Any, prompts: list[str], output: Path, loa
 
 
 def demand_equal(what: str, ours: Any, theirs: Any, tokenizer: Any, prompts: list[str]) -> None:
-    found = inlay.verify(ours, theirs, prompts, tokenizer=tokenizer)
+    found = inlay.verify(ours, theirs, prompts, tokenizer=tokenizer, max_new_tokens=8)
     print(f"{what}: {found}")
     if not (found.max_logit_diff <= EXACT and found.tokens_equal):
         raise SystemExit(f"demo: error: {what}: wanted equal answers, |logit difference| <= {EXACT}, got {found}")

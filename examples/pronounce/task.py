@@ -8,7 +8,8 @@ training uses the first and scoring accepts the nearest.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,7 @@ def split_words(train_size: int, seed: int = 0) -> tuple[list[Word], list[Word]]
 
 @torch.inference_mode()
 def pronounce(
-    model: Any, tokenizer: Any, words: Sequence[Word], *, batch_size: int = 100, max_new_tokens: int = 32
+    model: Any, tokenizer: Any, words: Sequence[Word], *, batch_size: int = 300, max_new_tokens: int = 24
 ) -> list[str]:
     """Greedy answers, one line each, in the order of `words`."""
     model.eval()
@@ -70,17 +71,32 @@ def pronounce(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = tokenizer([words[i].prompt for i in chosen], return_tensors="pt", padding=True, padding_side="left")
-        output = model.generate(
-            input_ids=batch["input_ids"].to(model.device),
-            attention_mask=batch["attention_mask"].to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        with contiguous_head(model):
+            output = model.generate(
+                input_ids=batch["input_ids"].to(model.device),
+                attention_mask=batch["attention_mask"].to(model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
         new = output[:, batch["input_ids"].shape[1] :]
         for i, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             answers[i] = text.strip().split("\n")[0].strip()
     return answers
+
+
+@contextmanager
+def contiguous_head(model: Any) -> Iterator[None]:
+    """Hand the output head contiguous rows.
+
+    generate() passes it hidden[:, -1:], a view with gaps. Where the head is frozen, torch then runs a batched product
+    with one copy of the [49152, 576] head per row: 45 s instead of 6 s for 300 words, with any library's adapters.
+    """
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @dataclass(frozen=True)

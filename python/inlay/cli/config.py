@@ -76,7 +76,7 @@ def build_method(given: Any) -> Any:
     reject_unknown([str(options["name"]).lower()], methods, "method")
     method = methods[str(options["name"]).lower()]
     fields = {field.name for field in dataclasses.fields(method) if field.init}
-    arguments = {key: value for key, value in options.items() if key != "name"}
+    arguments: dict[str, Any] = {key: value for key, value in options.items() if key != "name"}
     reject_unknown(arguments, fields, f"{options['name']} option")
     return method(**arguments)
 

@@ -29,6 +29,8 @@ class Trainer(transformers.Trainer):
         meter: time spent in steps, without evaluation and saving.
     """
 
+    optimizer: Any  # transformers creates it late, and declares it nowhere
+
     def __init__(self, *args: Any, pad_token_id: int = -1, inlay_optimizer: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.losses: list[float] = []
