@@ -14,6 +14,7 @@ from torch import Tensor
 from ..ops.quantize_blockwise import (
     QUANT_TYPES,
     check_blocksize,
+    check_packed,
     dequantize_4bit,
     levels,
     quantize_4bit,
@@ -55,6 +56,10 @@ class FourBit(Storage):
             return packed, absmax, None, None
         codes, absmax2, offset = quantize_absmax(absmax)
         return packed, absmax2, codes, offset
+
+    def check(self, packed: Tensor, absmax: Tensor, codes: Tensor | None, offset: Tensor | None) -> None:
+        """ValueError if these tensors cannot be this storage's."""
+        check_packed("FourBit", packed, absmax, codes, offset, self.blocksize, self.rows, self.columns)
 
     def forward(self, x: Tensor, *tensors: Tensor | None) -> Tensor:
         packed, absmax, codes, offset, bias = tensors

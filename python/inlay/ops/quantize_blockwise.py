@@ -27,7 +27,7 @@ NESTED_BLOCKSIZE = 256  # bitsandbytes' choice for the absmax of absmax, fixed i
 _SMALLEST = 1e-38  # bitsandbytes' stand-in for the absmax of a block of zeros
 
 #: Levels by code, fp32. NF4's are quantiles of N(0, 1) scaled to [-1, 1]; FP4's are +-{0, 1/192, 1/6, 1/4, 1/3, 1/2,
-#: 2/3, 1} as bitsandbytes divides them out of 12.
+#: 2/3, 1} as bitsandbytes divides them out of 12; both its zeros are positive.
 _LEVELS: dict[str, tuple[float, ...]] = {
     "nf4": (
         -1.0,
@@ -47,7 +47,7 @@ _LEVELS: dict[str, tuple[float, ...]] = {
         0.7229568362236023,
         1.0,
     ),
-    "fp4": tuple(v / 12.0 for v in (0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3)),
+    "fp4": tuple(v / 12.0 for v in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3)),
 }
 QUANT_TYPES = tuple(_LEVELS)
 
@@ -64,7 +64,7 @@ def levels(quant_type: str) -> Tensor:
 def _bounds(quant_type: str) -> tuple[Tensor, Tensor]:
     """Midpoints between neighbouring levels [15], and codes in the order of their levels [16]."""
     table = levels(quant_type)
-    order = torch.argsort(table)
+    order = torch.argsort(table, stable=True)
     return (table[order[:-1]] + table[order[1:]]) / 2, order
 
 
@@ -282,5 +282,5 @@ def quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """codes int8 [N, K], row absmax fp32 [N] -> [N, K] in `dtype`: round(code · (absmax/127))."""
-    return (codes.float() * (absmax * (1.0 / 127.0))[:, None]).to(dtype)
+    """codes int8 [N, K], row absmax fp32 [N] -> [N, K] in `dtype`: code·absmax·(1/127), both products fp32."""
+    return codes.float().mul_(absmax[:, None]).mul_(1.0 / 127.0).to(dtype)
