@@ -109,7 +109,7 @@ def _check_each_matters(
     exclude: str | Sequence[str] | None,
     layers: int | Sequence[int] | None,
 ) -> None:
-    """Raise ValueError on an exclusion that matches no linear, or a layer in which nothing is tuned: slips of the pen."""
+    """Raise ValueError on an exclusion that matches no linear, or a layer in which nothing is tuned: a typing error."""
     for entry in [] if exclude is None else [exclude] if isinstance(exclude, str) else exclude:
         if not any(_excluded(name, exclude if isinstance(exclude, str) else [entry]) for name in candidates):
             raise ValueError(f"exclude_modules: {entry!r} matched no linear; {_what_exists(candidates, entry)}")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 
 from .bases import BaseConfig, QuantizedLinear
 from .deltas import Delta
 from .methods import Calibration, Method
-from .model import TuneState, make_tuned, sample_weights, state_of
+from .model import TuneState, disabled, make_tuned, sample_weights, state_of
 from .nn.blocks import install_blocks
 from .nn.head import install_head
 from .nn.tuned_linear import TunedLinear
@@ -57,7 +59,8 @@ def tune(
             f"this model is tuned already with an adapter {adapter_name!r}; pass another adapter_name, "
             "or inlay.merge it first"
         )
-    builders = method.place(model, calibration)
+    with nullcontext() if state is None else disabled(model):  # choose by the base, whatever else is tuned
+        builders = method.place(model, calibration)
     for name in builders:
         check_tunable(model, name)
     deltas = {name: build(model.get_submodule(name)) for name, build in builders.items()}
@@ -109,12 +112,17 @@ def check_tunable(model: nn.Module, name: str) -> None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
         raise ValueError(f"{name}: wanted a dense [out, in] weight, got {type(module).__name__} without one")
+    if not isinstance(weight, nn.Parameter):
+        raise ValueError(
+            f"{name}: its weight is computed from others (a parametrization or pruning); make it a plain Parameter, "
+            "with torch.nn.utils.parametrize.remove_parametrizations or prune.remove, before tune"
+        )
     if weight.device.type == "meta":
         raise ValueError(f"{name} is on the meta device: load its weights before tune")
-    if not weight.is_floating_point():
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(
-            f"{name}: wanted a floating-point weight, got {weight.dtype} ({type(module).__name__}); "
-            "this base was quantized by another library: load the dense model"
+            f"{name}: wanted a weight of float32, bfloat16, float16 or float64, got {weight.dtype} "
+            f"({type(module).__name__}); this base was quantized by another library: load the dense model"
         )
     if type(module).__module__.split(".")[0] not in ("torch", "transformers") and type(module) is not nn.Linear:
         raise ValueError(f"{name}: {type(module).__name__} may not compute x·Wᵀ; tune plain nn.Linear or Conv1D")
@@ -140,13 +148,17 @@ def _check_shared(model: nn.Module, name: str, module: nn.Module) -> None:
         f"{other}.{key}"
         for other, holder in model.named_modules(remove_duplicate=False)
         for key, parameter in holder.named_parameters(recurse=False, remove_duplicate=False)
-        if parameter is module.weight and other != name
+        if other != name and (parameter is module.weight or _same_memory(parameter, module.weight))
     ]
     if others:
         raise ValueError(
             f"{name}.weight is shared with {others[0]} (tied weights or a module used twice): tuning one would tune "
             "both on merge; untie them or add it to exclude_modules"
         )
+
+
+def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.device == other.device and one.device.type != "meta" and one.data_ptr() == other.data_ptr() != 0
 
 
 def _wrap(model: nn.Module, name: str) -> TunedLinear:

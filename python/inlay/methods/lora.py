@@ -7,18 +7,17 @@ Finetuning of Quantized LLMs", 2023; Kalajdzievski, "A Rank Stabilization Scalin
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ..bases import BaseConfig, QuantizedLinear
 from ..bases.linear import out_in_view
 from ..deltas import Delta, LowRankDelta
+from ..select import generator_of
 from ..targets import resolve
 from .base import Calibration, Method, check_one_of
 from .loftq import loftq
@@ -89,5 +88,5 @@ class LoRA(Method):
         return {**fields, "target_modules": sorted(targets), "exclude_modules": None, "layers_to_transform": None}
 
     def _build(self, module: nn.Module, *, where: str) -> LowRankDelta:
-        generator = torch.Generator().manual_seed((self.seed << 32) ^ zlib.crc32(where.encode()))
+        generator = generator_of(self.seed, where)
         return LowRankDelta(out_in_view(module), self.r, self.scale, self.lora_dropout, generator)

@@ -64,8 +64,11 @@ class S2FT(Method):
         for value in self.side.values() if isinstance(self.side, dict) else [self.side]:
             check_one_of("side", value, ("auto", "in", "out"))
         for value in self.ratio.values() if isinstance(self.ratio, dict) else [self.ratio]:
-            if not 0 < value <= 1:
-                raise ValueError(f"ratio: wanted a fraction in (0, 1], got {value}; 0.03 trains 3% of the channels")
+            if not isinstance(value, int | float) or not 0 < value <= 1:
+                raise ValueError(f"ratio: wanted a fraction in (0, 1], got {value!r}; 0.03 trains 3% of the channels")
+        for value in self.channels.values() if isinstance(self.channels, dict) else [self.channels]:
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"channels: wanted a whole number of channels, 1 or more, got {value!r}")
 
     def place(self, model: nn.Module, calibration: Calibration | None) -> dict[str, Callable[[nn.Module], Delta]]:
         names = resolve(
@@ -79,6 +82,8 @@ class S2FT(Method):
 
     def choose(self, model: nn.Module, names: list[str], calibration: Calibration | None) -> dict[str, Tensor]:
         """The channels to train of each named linear, sorted int64."""
+        for option in ("ratio", "channels", "side", "granularity"):
+            _check_suffixes(option, getattr(self, option), names)
         sides = {name: self.side_of(name) for name in names}
         scores = self._scores(model, sides, calibration)
         chosen = {}
@@ -89,6 +94,8 @@ class S2FT(Method):
             if scores is None:
                 groups = random_groups(total // size, count, self.seed, name)
             else:
+                if not scores[name].isfinite().all():
+                    raise ValueError(f"{name}: scores hold NaN or infinity; check weights and calibration")
                 groups = pick_groups(scores[name], size, count, self.select)
             chosen[name] = expand_groups(groups, size)
         return chosen
@@ -120,7 +127,8 @@ class S2FT(Method):
         activation = activation_scores(model, sides, calibration or ()) if self.strategy != "weight" else {}
         scores = {}
         for name, side in sides.items():
-            by_weight = weight_scores(out_in_view(model.get_submodule(name)), side) if self.strategy != "activation" else 1.0
+            weight = out_in_view(model.get_submodule(name))
+            by_weight = 1.0 if self.strategy == "activation" else weight_scores(weight, side)
             scores[name] = by_weight * activation.get(name, 1.0)
         return scores
 
@@ -143,12 +151,24 @@ class S2FT(Method):
         return channels // size
 
 
+def _check_suffixes(what: str, option: Any, names: list[str]) -> None:
+    """Raise ValueError if a dict's entry speaks of no tuned linear: it would silently do nothing."""
+    for suffix in option if isinstance(option, dict) else ():
+        if not any(_speaks_of(suffix, name) for name in names):
+            leaves = sorted({name.rpartition(".")[2] for name in names})
+            raise ValueError(f"{what}: {suffix!r} is no tuned linear; they end in {leaves}; remove the entry")
+
+
+def _speaks_of(suffix: str, name: str) -> bool:
+    return suffix_match(name, suffix) or role_of(name) == suffix
+
+
 def _for_target(option: Any, name: str, what: str, default: Any) -> Any:
     """``option`` itself, or its entry whose suffix (or role) matches ``name``."""
     if not isinstance(option, dict):
         return option
     for suffix, value in option.items():
-        if suffix_match(name, suffix) or role_of(name) == suffix:
+        if _speaks_of(suffix, name):
             return value
     if default is None:
         raise ValueError(f"{what}={option} says nothing for {name}; add an entry for its suffix")

@@ -3,7 +3,15 @@
 from .activation import activation_scores
 from .channels import expand_groups, pick_groups
 from .gradient import gradient_scores
-from .random import random_groups
+from .random import generator_of, random_groups
 from .weight import weight_scores
 
-__all__ = ["activation_scores", "expand_groups", "gradient_scores", "pick_groups", "random_groups", "weight_scores"]
+__all__ = [
+    "activation_scores",
+    "expand_groups",
+    "generator_of",
+    "gradient_scores",
+    "pick_groups",
+    "random_groups",
+    "weight_scores",
+]

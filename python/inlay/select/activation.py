@@ -17,7 +17,7 @@ def run_batches(model: nn.Module, batches: Iterable[Mapping[str, Any]], loss: bo
         ValueError: there is no batch, or ``loss`` is wanted and the model returns none.
     """
     device = next(model.parameters()).device
-    training, ran = model.training, 0
+    modes, ran = {module: module.training for module in model.modules()}, 0
     model.eval()
     try:
         with torch.set_grad_enabled(loss):
@@ -31,7 +31,8 @@ def run_batches(model: nn.Module, batches: Iterable[Mapping[str, Any]], loss: bo
                         raise ValueError('strategy="gradient" wants calibration batches with labels; the loss is None')
                     value.backward()
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
     if ran == 0:
         raise ValueError("this strategy wants calibration data, got none; pass tune(..., calibration=[{...}, ...])")
     return ran
