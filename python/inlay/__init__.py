@@ -13,20 +13,27 @@ from .tune import tune
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .integrations.quantizer import QuantizationConfig, from_pretrained
     from .train import finetune
 
 #: Names that need transformers, which is imported when one of them is first asked for.
-_LAZY = {"finetune": ".train"}
+_LAZY = {
+    "QuantizationConfig": ".integrations.quantizer",
+    "finetune": ".train",
+    "from_pretrained": ".integrations.quantizer",
+}
 
 __all__ = [
     "S2FT",
     "BaseConfig",
     "LoRA",
+    "QuantizationConfig",
     "Verification",
     "__version__",
     "disabled",
     "export",
     "finetune",
+    "from_pretrained",
     "load",
     "merge",
     "optim",

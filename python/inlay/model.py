@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .bases import BaseConfig
 from .methods import Method
 from .nn.head import remove_head
 from .nn.mixed import Mixed, mix, unmix
@@ -29,12 +30,14 @@ class TuneState:
         methods: adapters by name, with the config each was made from.
         active: names of the adapters that are on, in order.
         base_sample: a few values of some tuned base weights, to recognise the base again at load.
+        base: how ``tune(base=...)`` or ``load(base=...)`` quantized the model, None if they did not.
         handles: hooks installed on the model; each has ``remove()``.
     """
 
     methods: dict[str, Method] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     base_sample: dict[str, list[float]] = field(default_factory=dict)
+    base: BaseConfig | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
 
 

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from .bases import BaseConfig, QuantizedLinear
+from .bases import BaseConfig, QuantizedWeight, convert_model
 from .deltas import Delta
 from .methods import Calibration, Method
 from .model import TuneState, disabled, make_tuned, sample_weights, state_of
@@ -36,7 +36,7 @@ def tune(
 
     Args:
         model: any module with ``nn.Linear`` or transformers ``Conv1D`` submodules, weights loaded, dense or quantized
-            by inlay.
+            by inlay or bitsandbytes (whose linears become inlay's, with the same bytes).
         method: what to train, e.g. ``inlay.S2FT(ratio=0.03)``.
         base: "nf4", "fp4", "int8" or a :class:`inlay.BaseConfig`: quantize the frozen linears first (QLoRA). None
             leaves each as it is. Then the model changes by exactly the quantization error.
@@ -59,16 +59,26 @@ def tune(
             f"this model is tuned already with an adapter {adapter_name!r}; pass another adapter_name, "
             "or inlay.merge it first"
         )
+    adopt_bitsandbytes(model)
+    config = None if base is None else BaseConfig.of(base)
     with nullcontext() if state is None else disabled(model):  # choose by the base, whatever else is tuned
         builders = method.place(model, calibration)
     for name in builders:
         check_tunable(model, name)
     deltas = {name: build(model.get_submodule(name)) for name, build in builders.items()}
+    check_base_fits(model, method, deltas, config)
     sample = sample_weights(model, list(deltas))
-    if base is not None:
-        method.quantize(model, BaseConfig.of(base), deltas)
+    if config is not None:
+        method.quantize(model, config, deltas)
     return attach(
-        model, method, deltas, adapter_name, sample=sample, fused_blocks=fused_blocks, fused_loss=fused_loss
+        model,
+        method,
+        deltas,
+        adapter_name,
+        sample=sample,
+        base=config,
+        fused_blocks=fused_blocks,
+        fused_loss=fused_loss,
     )
 
 
@@ -79,6 +89,7 @@ def attach(
     adapter_name: str,
     *,
     sample: dict[str, list[float]],
+    base: BaseConfig | None = None,
     fused_blocks: bool = True,
     fused_loss: bool = True,
 ) -> nn.Module:
@@ -90,7 +101,7 @@ def attach(
     if state is None:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        state = TuneState(base_sample=sample)
+        state = TuneState(base_sample=sample, base=base)
     wrapped = {name: _wrap(model, name) for name in deltas}
     for name, delta in deltas.items():
         wrapped[name].add_delta(adapter_name, delta)
@@ -104,10 +115,40 @@ def attach(
     return model
 
 
+def adopt_bitsandbytes(model: nn.Module) -> None:
+    """Give linears that bitsandbytes quantized our class, with their bytes, and take over from its quantizer."""
+    if convert_model(model) and getattr(model, "hf_quantizer", None) is not None:
+        from .integrations.quantizer import adopt
+
+        adopt(model)
+
+
+def check_base_fits(model: nn.Module, method: Method, deltas: dict[str, Delta], base: BaseConfig | None) -> None:
+    """Raise ValueError if a delta cannot live on the base it would get; nothing has changed yet."""
+    if method.needs_base and base is None:
+        raise ValueError(f'{method.needs_base} chooses the quantized base: pass base="nf4" or an inlay.BaseConfig')
+    chosen = base.names(model) if base is not None else {}
+    for name, delta in deltas.items():
+        is_packed = isinstance(model.get_submodule(name), QuantizedWeight)
+        if delta.needs_quantized_base and not is_packed and name not in chosen:
+            raise ValueError(
+                f'{name}: keep="exact" is for quantized bases, and this one is dense; pass base="nf4", '
+                'or use update="in_place"'
+            )
+        if delta.in_place and (is_packed or name in chosen):
+            raise ValueError(
+                f'{name}: update="in_place" writes into a dense weight, and this base is quantized; use "additive"'
+            )
+        if method.needs_base and is_packed:
+            raise ValueError(
+                f"{name}: {method.needs_base} starts from the dense weight, and this one is quantized already"
+            )
+
+
 def check_tunable(model: nn.Module, name: str) -> None:
     """Raise ValueError if a delta on the linear ``name`` would do nothing or something wrong."""
     module = model.get_submodule(name)
-    if isinstance(module, TunedLinear | QuantizedLinear):
+    if isinstance(module, TunedLinear | QuantizedWeight):
         return
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.dim() != 2:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bases import BaseConfig, quantize_linears
+from ..bases import BaseConfig
 from ..deltas import STORED_KEYS
 from ..methods import METHODS, Method
 from ..model import sample_weights, state_of
-from ..tune import DEFAULT_ADAPTER, attach, check_tunable
+from ..tune import DEFAULT_ADAPTER, adopt_bitsandbytes, attach, check_base_fits, check_tunable
 from .files import CONFIG_NAME, FORMAT_VERSION, KEY_PREFIX, WEIGHTS_NAME, read_json, read_tensors
 
 #: Mean |difference| over rms of sampled base weights above which the base is another model. Four-bit quantization
@@ -48,6 +48,7 @@ def load(
     config = read_json(directory / CONFIG_NAME)
     method = method_of(config, directory)
     grouped = group_by_module(read_tensors(directory / WEIGHTS_NAME), directory)
+    adopt_bitsandbytes(model)
     modules = dict(model.named_modules())
     for path in grouped:
         if path not in modules:
@@ -59,14 +60,31 @@ def load(
     if check_base:
         _check_base(model, config["inlay"].get("base_sample") or {})
     deltas = {path: method.restore(modules[path], tensors, path) for path, tensors in grouped.items()}
+    base = None if base is None else BaseConfig.of(base)
+    _check_same_quantization(method, base, config["inlay"].get("base"))
+    check_base_fits(model, method, deltas, base)
     sample = sample_weights(model, list(deltas))
     if base is not None:
-        quantize_linears(model, BaseConfig.of(base))
-    attach(model, method, deltas, name, sample=sample, fused_blocks=fused_blocks, fused_loss=fused_loss)
+        method.quantize(model, base, deltas)
+        for path, tensors in grouped.items():  # which quantizing may have initialized again
+            deltas[path].load(tensors, path)
+    attach(model, method, deltas, name, sample=sample, base=base, fused_blocks=fused_blocks, fused_loss=fused_loss)
     if not trainable:
         for delta in deltas.values():
             delta.requires_grad_(False)
     return model
+
+
+def _check_same_quantization(method: Method, base: BaseConfig | None, recorded: dict[str, Any] | None) -> None:
+    """A base that was chosen together with the adapter is part of it."""
+    if not method.needs_base or recorded is None:
+        return
+    if base is None or base.to_dict() != recorded:
+        got = "none" if base is None else base
+        raise ValueError(
+            f"this adapter was made with {method.needs_base}, which chose the quantized base with it: wanted the dense "
+            f"model and base=inlay.BaseConfig(**{recorded}), got {got}"
+        )
 
 
 def method_of(config: dict[str, Any], where: Path) -> Method:

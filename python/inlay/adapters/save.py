@@ -47,6 +47,7 @@ def save_adapter(
         **method.peft_fields([path for path, module in tuned_linears(model).items() if name in module.deltas]),
         "peft_type": method.peft_type,
         "inlay": {
+            "base": None if state.base is None else state.base.to_dict(),
             "base_sample": state.base_sample,
             "format": FORMAT_VERSION,
             "options": method.to_dict(),

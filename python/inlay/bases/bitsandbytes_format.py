@@ -201,4 +201,14 @@ def convert_module(module: nn.Module, where: str) -> QuantizedLinear:
     compute = getattr(module, "compute_dtype", None) or dtype
     if compute is None:
         compute = module.bias.dtype if module.bias is not None else torch.get_default_dtype()
-    return QuantizedLinear(storage, tensors, module.bias, compute).train(module.training)
+    conv1d = getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D"  # as transformers notes it
+    return QuantizedLinear(storage, tensors, module.bias, compute, conv1d).train(module.training)
+
+
+def convert_model(model: nn.Module) -> int:
+    """Replace the bitsandbytes linears of ``model`` by ours, in place; how many."""
+    found = {name: module for name, module in model.named_modules() if is_bitsandbytes(module)}
+    converted = {name: convert_module(module, name) for name, module in found.items()}  # before anything changes
+    for name, module in converted.items():
+        model.set_submodule(name, module)
+    return len(converted)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
 
 from ..targets import linears, output_head_names, suffix_match
-from .quantized import STORAGES, QuantizedLinear, Storage
+from .linear import is_conv1d
+from .quantized import STORAGES, QuantizedLinear, QuantizedWeight, Storage
 
 
 @dataclass
@@ -74,18 +75,40 @@ class BaseConfig:
         return {**values, "skip_modules": None if self.skip_modules is None else list(self.skip_modules)}
 
 
-def quantize_linears(model: nn.Module, config: BaseConfig) -> int:
-    """Replace the linears ``config`` names by quantized ones, in place, each freed in turn; how many."""
+def quantize_linears(
+    model: nn.Module,
+    config: BaseConfig,
+    make: Callable[[nn.Module, Storage, str], QuantizedLinear] = QuantizedLinear.of,
+) -> int:
+    """Replace the linears ``config`` names by quantized ones, in place, each dense one freed in turn; how many.
+
+    Args:
+        make: builds the quantized linear of a dense one, given its storage and name.
+
+    Raises:
+        ValueError: a linear is tuned, or quantized otherwise; then nothing has changed.
+    """
+    storages = {
+        name: _storage(model.get_submodule(name), base, config, name) for name, base in config.names(model).items()
+    }
     count = 0
-    for name, base in config.names(model).items():
-        module = model.get_submodule(name)
-        if isinstance(module, QuantizedLinear):
-            continue
-        parent, _, leaf = name.rpartition(".")
-        storage = (
-            config.storage(base, module.out_features, module.in_features) if isinstance(module, nn.Linear) else None
-        )
-        quantized = QuantizedLinear.of(module, storage or config.storage(base, module.nf, module.nx), name)
-        setattr(model.get_submodule(parent), leaf, quantized)
-        count += 1
+    for name, storage in storages.items():
+        if storage is not None:
+            model.set_submodule(name, make(model.get_submodule(name), storage, name))
+            count += 1
     return count
+
+
+def _storage(module: nn.Module, base: str, config: BaseConfig, name: str) -> Storage | None:
+    """The storage to give ``module``, None if it has it already."""
+    if hasattr(module, "deltas"):
+        raise ValueError(f"{name} is tuned: its base cannot be quantized any more; merge first, or pass base=None")
+    out_features, in_features = (
+        (module.nf, module.nx) if is_conv1d(module) else (module.out_features, module.in_features)
+    )
+    storage = config.storage(base, out_features, in_features)
+    if not isinstance(module, QuantizedWeight):
+        return storage
+    if module.storage != storage:
+        raise ValueError(f"{name}: wanted {storage}, but it is quantized as {module.storage}; load the dense model")
+    return None

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops._registry import autocast_dtype, without_autocast
 from ..ops.base_products import DenseBase, DenseBaseT
 
 
@@ -22,12 +23,14 @@ class _BaseLinear(torch.autograd.Function):
     """``y = base(x)``, differentiable in ``x`` only. Keeps nothing but the frozen tensors."""
 
     @staticmethod
+    @without_autocast
     def forward(ctx, x: Tensor, base: Any, *tensors: Tensor | None) -> Tensor:
         ctx.base = base
         ctx.save_for_backward(*tensors)
         return base.forward(x, *tensors)
 
     @staticmethod
+    @without_autocast
     def backward(ctx, dy: Tensor):
         dx = ctx.base.backward_input(dy, *ctx.saved_tensors) if ctx.needs_input_grad[0] else None
         return (dx, None, *[None] * len(ctx.saved_tensors))
@@ -41,7 +44,7 @@ def base_linear(x: Tensor, base: Any, *tensors: Tensor | None) -> Tensor:
         weight, bias = tensors
         assert weight is not None
         return nn.functional.linear(x, weight.t(), bias)
-    return _BaseLinear.apply(x, base, *tensors)
+    return _BaseLinear.apply(x.to(autocast_dtype(x)), base, *tensors)
 
 
 def is_conv1d(module: nn.Module) -> bool:

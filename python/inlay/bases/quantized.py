@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .linear import base_linear, out_in_view
+from .linear import base_linear, is_conv1d, out_in_view
 
 
 @dataclass(frozen=True)
@@ -110,29 +110,58 @@ class QuantizedWeight(_Module):
         return self
 
 
+def dense_linear(weight: Tensor, bias: nn.Parameter | None, conv1d: bool) -> nn.Module:
+    """A frozen ``nn.Linear``, or a transformers Conv1D, with ``weight [out, in]`` and ``bias``."""
+    rows, columns = weight.shape
+    if conv1d:
+        from transformers.pytorch_utils import Conv1D
+
+        with torch.device("meta"):
+            dense = Conv1D(rows, columns)
+        weight = weight.t().contiguous()
+    else:
+        dense = nn.Linear(columns, rows, bias=False, device="meta")
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    dense.bias = bias
+    return dense
+
+
 class QuantizedLinear(QuantizedWeight, nn.Linear):
     """A frozen linear whose weight is stored quantized; an ``nn.Linear``, so that "all-linear" finds it.
 
     Args:
         storage: format and shape. tensors: what ``storage.quantize`` returns. bias: ``[out]`` or None.
         compute_dtype: dtype of ``weight`` as seen from outside; products run in the dtype of their input.
+        conv1d: whether it stands for a transformers Conv1D, which is what it turns back into.
     """
 
     def __init__(
-        self, storage: Storage, tensors: tuple[Tensor | None, ...], bias: Tensor | None, compute_dtype: torch.dtype
+        self,
+        storage: Storage,
+        tensors: tuple[Tensor | None, ...],
+        bias: Tensor | None,
+        compute_dtype: torch.dtype,
+        conv1d: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # not nn.Linear's: there is no dense weight to make
         self.hold(storage, tensors, bias, compute_dtype)
+        self.conv1d = conv1d
 
     @classmethod
     def of(cls, module: nn.Module, storage: Storage, where: str) -> QuantizedLinear:
         """Quantize a dense ``nn.Linear`` or Conv1D; ``where`` names it in errors."""
         weight = out_in_view(module)
-        quantized = cls(storage, storage.quantize(weight, where), module.bias, weight.dtype)
+        tensors = storage.quantize(weight, where)
+        quantized = cls(storage, tensors, module.bias, weight.dtype, is_conv1d(module))
         return quantized.train(module.training)
 
     def forward(self, x: Tensor) -> Tensor:
         return base_linear(x, self.storage, *self.tensors)
+
+    def to_dense(self, weight: Tensor | None = None) -> nn.Module:
+        """The ``nn.Linear`` or Conv1D this stands for, with ``weight [out, in]`` or the dequantized one."""
+        weight = weight if weight is not None else self.weight
+        return dense_linear(weight, self.bias, self.conv1d).train(self.training)
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, bias={self.bias is not None}, {self.storage}"

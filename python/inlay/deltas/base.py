@@ -23,12 +23,14 @@ class Delta(nn.Module):
         in_features, out_features: the shape of the base weight, ``[out_features, in_features]``.
         in_place: True if the delta writes its values into the base weight.
         owns_base: True if the delta changes what the base holds; it must be the only one on its base.
+        needs_quantized_base: True if it means nothing on a dense base.
         stored: what an adapter file stores, key in the file to attribute, in the order it is written.
     """
 
     stored: ClassVar[dict[str, str]] = {}
     in_place: bool = False
     owns_base: bool = False
+    needs_quantized_base: bool = False
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()

@@ -161,6 +161,7 @@ class ExactSubmatrixDelta(SubmatrixDelta):
     """
 
     owns_base = True
+    needs_quantized_base = True
     stored = {**SubmatrixDelta.stored, "s2ft_original": "s2ft_original"}
 
     def __init__(self, weight: Tensor, indices: Tensor, side: Side = "in", where: str = "submatrix") -> None:

@@ -65,6 +65,11 @@ class Method:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
         return {k: list(v) if isinstance(v, tuple | set) else v for k, v in values.items()}
 
+    @property
+    def needs_base(self) -> str:
+        """What of the options only works together with quantizing the base, "" if nothing does."""
+        return ""
+
     def quantize(self, model: nn.Module, config: BaseConfig, deltas: Mapping[str, Delta]) -> None:
         """Quantize the linears of ``model`` that ``config`` names, before ``deltas`` are put on them."""
         quantize_linears(model, config)

@@ -17,16 +17,26 @@ from ..deltas import LowRankDelta
 def loftq(weight: Tensor, module: QuantizedLinear, delta: LowRankDelta, iterations: int, where: str) -> list[float]:
     """Set ``module``'s codes and ``delta``'s factors so that ``Q + s·B·A`` approximates ``weight [out, in]``.
 
+    Stops early where another iteration would not come closer: quantizing does not minimize the residual exactly.
+
     Returns:
-        The Frobenius norm of the residual ``W - Q_t - s·B_t·A_t`` after each iteration.
+        The Frobenius norm of the residual ``W - Q_t - s·B_t·A_t`` after each iteration; it falls at every one.
     """
-    dense, product, norms = weight.float(), torch.zeros_like(weight, dtype=torch.float32), []
+    dense, product = weight.float(), torch.zeros_like(weight, dtype=torch.float32)
+    norms: list[float] = []
+    best = None
     for _ in range(iterations):
         tensors = module.storage.quantize((dense - product).to(weight.dtype), where)
-        quantized = module.storage.dequantize(torch.float32, *tensors, None)
-        a, b = best_low_rank(dense - quantized, delta.lora_A.shape[0])
+        residual = dense - module.storage.dequantize(torch.float32, *tensors, None)
+        a, b = best_low_rank(residual, delta.lora_A.shape[0])
         product = b @ a
-        norms.append(float(torch.linalg.matrix_norm(dense - quantized - product)))
+        norm = float(torch.linalg.matrix_norm(residual - product))
+        if norms and not norm < norms[-1]:
+            break
+        norms.append(norm)
+        best = tensors, a, b
+    assert best is not None
+    tensors, a, b = best
     for name, tensor in zip(module.storage.names, tensors, strict=True):
         module.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
     delta.lora_A.copy_(a)

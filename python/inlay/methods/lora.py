@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..bases import BaseConfig, QuantizedLinear
+from ..bases import BaseConfig, QuantizedLinear, Storage, quantize_linears
 from ..bases.linear import out_in_view
 from ..deltas import Delta, LowRankDelta
 from ..select import generator_of
@@ -74,13 +74,19 @@ class LoRA(Method):
     def restore(self, module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Delta:
         return self._build(module, where=where).load(tensors, where)
 
+    @property
+    def needs_base(self) -> str:
+        return 'init="loftq"' if self.init == "loftq" else ""
+
     def quantize(self, model: nn.Module, config: BaseConfig, deltas: Mapping[str, Delta]) -> None:
-        dense = {name: out_in_view(model.get_submodule(name)).clone() for name in deltas} if self.init == "loftq" else {}
-        super().quantize(model, config, deltas)
-        for name, weight in dense.items():
-            module = model.get_submodule(name)
-            if isinstance(module, QuantizedLinear):
-                loftq(weight, module, deltas[name], self.loftq_iterations, name)
+        def make(module: nn.Module, storage: Storage, name: str) -> QuantizedLinear:
+            quantized = QuantizedLinear.of(module, storage, name)
+            delta = deltas.get(name)
+            if self.init == "loftq" and isinstance(delta, LowRankDelta):
+                loftq(out_in_view(module), quantized, delta, self.loftq_iterations, name)
+            return quantized
+
+        quantize_linears(model, config, make)
 
     def peft_fields(self, targets: Sequence[str]) -> dict[str, Any]:
         ours = ("init", "loftq_iterations", "seed")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..bases.quantized import QuantizedLinear, QuantizedWeight
+from ..bases.quantized import QuantizedLinear, QuantizedWeight, dense_linear
 from ..deltas import Delta
 from .tuned_linear import TunedLinear
 
@@ -47,11 +47,8 @@ class TunedQuantizedLinear(QuantizedWeight, TunedLinear):
 
     @torch.no_grad()
     def to_plain(self) -> nn.Module:
-        """A dense ``nn.Linear`` holding the dequantized and merged weight."""
-        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        plain.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
-        plain.bias = self.bias
-        return plain.train(self.training)
+        """The dense module this once was, holding the dequantized and merged weight."""
+        return dense_linear(self.merged_weight(), self.bias, self.plain_holder[0].conv1d).train(self.training)
 
 
 def tuned(module: nn.Module) -> TunedLinear:
