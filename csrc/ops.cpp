@@ -77,6 +77,19 @@ void submatrix_write(const TensorView& weight, const TensorView& indices, const 
   kernels().submatrix_write(weight, indices, values);
 }
 
+void submatrix_grad(const TensorView& out, const TensorView& dy, const TensorView& x) {
+  constexpr const char* op = "submatrix_grad";
+  check_lead(op, "dy", dy);
+  check_lead(op, "x", x);
+  check_dtype(op, "dy", dy, DType::bf16);
+  check_dtype(op, "x", x, DType::bf16);
+  check_matrix(op, "x", x, dy.shape[0], x.shape[1]);
+  check_dtype(op, "out", out, DType::f32);
+  if (out.ndim != 2 || out.shape[0] != dy.shape[1] || out.shape[1] != x.shape[1])
+    fail(op, "out", "[columns of dy, columns of x]", out, "match it to both");
+  kernels().submatrix_grad(out, dy, x);
+}
+
 void swiglu_forward(const TensorView& out, const TensorView& gate, const TensorView& up, int64_t act) {
   constexpr const char* op = "swiglu_forward";
   check_lead(op, "gate", gate);

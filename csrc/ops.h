@@ -21,6 +21,10 @@ INLAY_OP(submatrix_scatter_add, (const TensorView& dx, const TensorView& indices
 // weight[r, indices[j]] = round(values[r, j])           weight float [R, K], values f32 [R, s], any strides
 INLAY_OP(submatrix_write, (const TensorView& weight, const TensorView& indices, const TensorView& values))
 
+// out[n, j] = Σ_m dy[m, n]·x[m, j] in fp32            out f32 [N, s], any strides; dy bf16 [M, N], x bf16 [M,
+// s], s the narrower. Exists at isa amx only.
+INLAY_OP(submatrix_grad, (const TensorView& out, const TensorView& dy, const TensorView& x))
+
 // out = act(gate)·up                                    float [M, K]; act 0 silu, 1 gelu tanh, 2 gelu erf
 INLAY_OP(swiglu_forward, (const TensorView& out, const TensorView& gate, const TensorView& up, int64_t act))
 

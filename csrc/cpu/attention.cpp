@@ -4,7 +4,7 @@
 // Scores are formed transposed, [keys, queries]: then P and dS are, as they are stored, the left operands of
 // dV = Pᵀ·dO and dK = dSᵀ·Q, and a pair of key rows of dS interleaves into the right operand of dQᵀ = Kᵀ·dSᵀ.
 // Work goes in 32 x 32 squares (2 x 2 tiles); squares in the masked half are never touched.
-#include "cpu/kernel.h"
+#include "cpu/tiles.h"
 
 namespace inlay {
 namespace INLAY_ISA_NS {
@@ -21,71 +21,8 @@ void causal_attention_backward(const TensorView&, const TensorView&, const Tenso
 
 namespace {
 
-constexpr int64_t kSquare = 32;  // two tiles of 16 each way
 constexpr int64_t kQueries =
     128;  // queries per block: four K-steps per tile of dV and dK that is loaded and stored
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 0, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// Tiles are configured per thread. oneDNN does so too, so what was there is put back.
-struct Tiles {
-  TileConfig before;
-  Tiles() {
-    _tile_storeconfig(&before);
-    TileConfig config;
-    config.palette = 1;
-    for (int tile = 0; tile < 8; ++tile) {
-      config.row_bytes[tile] = 64;
-      config.rows[tile] = 16;
-    }
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() {
-    if (before.palette) {
-      _tile_loadconfig(&before);
-    } else {
-      _tile_release();
-    }
-  }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-};
-
-// c [32, 32] fp32 (+)= a [32, 32·steps] · b, b as pairs: row r holds (b[2r][j], b[2r+1][j]) for every column
-// j. lda, ldb in 16-bit elements per stored row, ldc in floats.
-inline void square(float* c, int64_t ldc, bool add, const uint16_t* a, int64_t lda, const uint16_t* b,
-                   int64_t ldb, int64_t steps) {
-  const int64_t c_bytes = 4 * ldc, a_bytes = 2 * lda, b_bytes = 2 * ldb;
-  if (add) {
-    _tile_loadd(0, c, c_bytes);
-    _tile_loadd(1, c + 16, c_bytes);
-    _tile_loadd(2, c + 16 * ldc, c_bytes);
-    _tile_loadd(3, c + 16 * ldc + 16, c_bytes);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  for (int64_t k = 0; k < steps; ++k, a += 32, b += 16 * ldb) {
-    _tile_loadd(4, a, a_bytes);
-    _tile_loadd(5, a + 16 * lda, a_bytes);
-    _tile_loadd(6, b, b_bytes);
-    _tile_loadd(7, b + 32, b_bytes);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, c, c_bytes);
-  _tile_stored(1, c + 16, c_bytes);
-  _tile_stored(2, c + 16 * ldc, c_bytes);
-  _tile_stored(3, c + 16 * ldc + 16, c_bytes);
-}
 
 // One [T, D] slice of a [B, H, T, D] tensor with unit stride along D.
 template <class T>
@@ -103,23 +40,10 @@ inline void copy_rows(uint16_t* out, const Bits& rows, int64_t first, int64_t co
   for (int64_t r = 0; r < count; ++r) memcpy(out + r * width, rows[first + r], size_t(width) * 2);
 }
 
-// out [width, ld]: rows as columns
-inline void transpose(uint16_t* out, int64_t ld, const uint16_t* rows, int64_t count, int64_t width) {
-  for (int64_t r = 0; r < count; ++r)
-    for (int64_t d = 0; d < width; ++d) out[d * ld + r] = rows[r * width + d];
-}
-
 // out [width/2, ld] of pairs along d: the right operand of a product over d, one column per row of `rows`
 inline void pair_channels(uint32_t* out, int64_t ld, const uint16_t* rows, int64_t count, int64_t width) {
   for (int64_t r = 0; r < count; ++r)
     for (int64_t d = 0; d < width / 2; ++d) memcpy(out + d * ld + r, rows + r * width + 2 * d, 4);
-}
-
-// out [count/2, width] of pairs of rows: the right operand of a product over rows
-inline void pair_rows(uint32_t* out, const uint16_t* rows, int64_t count, int64_t width) {
-  for (int64_t r = 0; r < count; r += 2)
-    for (int64_t d = 0; d < width; ++d)
-      out[r / 2 * width + d] = uint32_t(rows[r * width + d]) | (uint32_t(rows[(r + 1) * width + d]) << 16);
 }
 
 struct Head {

@@ -172,5 +172,23 @@ def _grad_reference(dy: Tensor, x_sel: Tensor) -> Tensor:
     return right.t().mm(left).t().contiguous()
 
 
+def _grad_native(dy: Tensor, x_sel: Tensor) -> Tensor:
+    """On AMX straight from bf16, elsewhere torch's fp32 product of fp32 copies."""
+    _check_grad(dy, x_sel)
+    left, right = as_rows(dy), as_rows(x_sel)
+    if not (left.dtype == right.dtype == torch.bfloat16 and left.numel() and right.numel() and module().isa() == "amx"):
+        return _grad_reference(dy, x_sel)
+    out = torch.empty(left.shape[1], right.shape[1], dtype=torch.float32)
+    if right.shape[1] <= left.shape[1]:
+        module().submatrix_grad(out, _unit_rows(left), _unit_rows(right))
+    else:
+        module().submatrix_grad(out.t(), _unit_rows(right), _unit_rows(left))
+    return out
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 _grad_reference.__name__ = "submatrix_grad"
-submatrix_grad = raw_op(native=_grad_reference, fake=_grad_fake)(_grad_reference)
+submatrix_grad = raw_op(native=_grad_native, fake=_grad_fake)(_grad_reference)

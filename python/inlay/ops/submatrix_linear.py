@@ -79,9 +79,8 @@ def add_forward(y: Tensor, x: Tensor, values: Tensor, indices: Tensor, side: str
 
 
 def delta_grad(dy: Tensor, indices: Tensor, side: str) -> Tensor:
-    """The part of dy that reaches the delta, upcast once for both of its gradients."""
-    wide = compute_dtype(dy)
-    return dy.to(wide) if side == "in" else submatrix_gather(dy, indices, wide)
+    """The part of dy that reaches the delta."""
+    return dy if side == "in" else submatrix_gather(dy, indices, dy.dtype)
 
 
 def add_backward_input(dx: Tensor, delta_dy: Tensor, values: Tensor, indices: Tensor, side: str) -> None:

@@ -38,7 +38,6 @@ from inlay.ops.submatrix_linear import (
     add_backward_input,
     add_forward,
     cast_for_autocast,
-    delta_grad,
     write_values,
 )
 
@@ -186,17 +185,16 @@ class _SwiGLULinear(Function):
         gate, up, indices, values, *base_tensors = ctx.saved_tensors
         needs_gate, needs_up, needs_values = ctx.needs_input_grad[:3]
         dgate = dup = dv = h_sel = None
-        delta_dy = delta_grad(dy, indices, "in") if needs_values or ctx.additive else dy
         if needs_gate or needs_up:
             dh = ctx.base.backward_input(dy, *base_tensors)
             if ctx.additive:
-                add_backward_input(dh, delta_dy, values, indices, "in")
+                add_backward_input(dh, dy, values, indices, "in")
             dgate, dup, h_sel = swiglu_backward(dh, gate, up, ctx.act, indices if needs_values else None)
         elif needs_values:  # the earliest trained layer: nothing flows further down
             chosen = (submatrix_gather(t, indices, t.dtype) for t in (gate, up))
             h_sel = swiglu_forward(*chosen, ctx.act)
         if needs_values:
-            dv = submatrix_grad(delta_dy, h_sel)
+            dv = submatrix_grad(dy, h_sel)
         return dgate if needs_gate else None, dup if needs_up else None, dv, *([None] * (4 + ctx.base_count))
 
 
