@@ -156,7 +156,9 @@ def checkpoint(directory: Path, config: BitsAndBytesConfig) -> None:
             elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
                 dense.get_submodule(name).weight.copy_(int8_vectorwise_dequant(module.weight.data, module.weight.SCB))
         ids = torch.randint(3, 40, (2, 7))
-        save_file({"ids": ids, "logits": dense.float().eval()(ids).logits}, directory / "logits.safetensors")
+        exact = LlamaForCausalLM(settings)  # in fp32, its rotary frequencies too
+        exact.load_state_dict(dense.state_dict())
+        save_file({"ids": ids, "logits": exact.eval()(ids).logits}, directory / "logits.safetensors")
     (directory / "generation_config.json").unlink(missing_ok=True)
     config_file = directory / "config.json"
     values = json.loads(config_file.read_text())

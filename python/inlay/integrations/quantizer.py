@@ -160,7 +160,8 @@ class Quantizer(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         return True  # or Trainer refuses anything that is not a PeftModel
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a saved config holds its name
         for name, module in quantized_linears(model).items():
             model.set_submodule(
                 name, module.to_dense(module.storage.dequantize(dtype or module.compute_dtype, *module.tensors))

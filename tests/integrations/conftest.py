@@ -1,0 +1,6 @@
+"""The golden files' reader lives with the bases' tests."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bases"))
