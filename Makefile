@@ -4,12 +4,14 @@
 #   TORCH='torch==2.13.0'   another torch
 #   PIP_ARGS=...            for pip, for example --extra-index-url https://download.pytorch.org/whl/cpu:
 #                           on Linux the default index serves CUDA wheels, which are much larger
+#   BASE=nf4                the demo on a quantized base (nf4, fp4, int8)
 #   DEMO_ARGS='--words 640' arguments of examples/pronounce/demo.py
 #   JOBS=2                  test processes
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
+BASE ?=
 DEMO_ARGS ?=
 JOBS ?= 2
 
@@ -30,7 +32,7 @@ help:  ## this list
 
 demo:  ## a real model learns to pronounce English: error rates, speed, memory, checks (minutes)
 	@started=$$(date +%s); $(MAKE) --no-print-directory demo-setup && \
-	$(BIN)/python examples/pronounce/demo.py --setup-seconds $$(( $$(date +%s) - started )) $(DEMO_ARGS)
+	$(BIN)/python examples/pronounce/demo.py --setup-seconds $$(( $$(date +%s) - started )) $(if $(BASE),base=$(BASE)) $(DEMO_ARGS)
 
 demo-setup: $(STAMPS)/demo
 	@$(BIN)/python examples/pronounce/fetch.py .cache/smollm2

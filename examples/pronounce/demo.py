@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from write_data import TRAIN_WORDS
 
 import inlay
-from inlay.cli.config import DATA_KEYS, MODEL_KEYS, build_method, load_config
+from inlay.cli.config import DATA_KEYS, MODEL_KEYS, build_base, build_method, load_config
 from inlay.cli.models import load_model
 from inlay.train import best_cpu_dtype, finetune
 
@@ -146,6 +146,7 @@ def train_model(
         tokenizer,
         [word.record() for word in train],
         method=build_method(options.pop("method")),
+        base=build_base(options.pop("base", None)),
         callbacks=[curve],
         **data_options,
         **options,

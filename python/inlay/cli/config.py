@@ -4,6 +4,7 @@ model: path/to/model            # a local folder (or a hub name, where there is 
 gguf_file: model.Q4_1.gguf      # optional: a GGUF file in that folder, dequantized
 dtype: auto                     # auto (the checkpoint's), fast (bf16 where the CPU has it), or a torch dtype
 method: {name: S2FT, ratio: 0.03}
+base: nf4                       # optional: quantize the model first; or {base: nf4, double_quant: true, ...}
 data: train.jsonl               # formats: inlay.data.formats
 eval_data: test.jsonl           # optional
 max_length: 1024
@@ -49,7 +50,7 @@ def check_keys(config: Mapping[str, Any]) -> None:
     """Raise on a key that nothing reads."""
     from ..train.arguments import TRAINING_KEYS
 
-    reject_unknown(config, MODEL_KEYS | DATA_KEYS | TRAINING_KEYS | {"method"}, "config key")
+    reject_unknown(config, MODEL_KEYS | DATA_KEYS | TRAINING_KEYS | {"method", "base"}, "config key")
 
 
 def reject_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:
@@ -79,6 +80,16 @@ def build_method(given: Any) -> Any:
     arguments: dict[str, Any] = {key: value for key, value in options.items() if key != "name"}
     reject_unknown(arguments, fields, f"{options['name']} option")
     return method(**arguments)
+
+
+def build_base(given: Any) -> Any:
+    """A base config from {base: nf4, blocksize: 64, ...}, from a name alone, or None."""
+    from ..bases import BaseConfig
+
+    if not isinstance(given, Mapping):
+        return given if given is None else BaseConfig.of(str(given))
+    reject_unknown(given, {field.name for field in dataclasses.fields(BaseConfig)}, "base option")
+    return BaseConfig(**given)
 
 
 def _override(config: dict[str, Any], override: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .config import DATA_KEYS, build_method, load_config
+from .config import DATA_KEYS, build_base, build_method, load_config
 from .models import load_model
 
 
@@ -13,7 +13,7 @@ def add_parsers(commands: Any) -> None:
     parser = commands.add_parser("train", help="fine-tune a model as a YAML config says")
     parser.add_argument(
         "config",
-        help="YAML file; keys: model, gguf_file, dtype, method, data, eval_data, "
+        help="YAML file; keys: model, gguf_file, dtype, method, base, data, eval_data, "
         "max_length, train_on_inputs, chat_template and transformers' TrainingArguments",
     )
     parser.add_argument(
@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> None:
                 f"wanted the key {key!r} in {args.config}, got a config without it; add it, or pass {key}=..."
             )
     method = build_method(config.pop("method"))  # before the model: a typo should not cost a minute of loading
+    base = build_base(config.pop("base", None))
     model, tokenizer = load_model(config.pop("model"), config.pop("gguf_file", None), config.pop("dtype", None))
     data = {key: config.pop(key) for key in DATA_KEYS & config.keys()}
-    finetune(model, tokenizer, data.pop("data"), method=method, **data, **config)
+    finetune(model, tokenizer, data.pop("data"), method=method, base=base, **data, **config)
     print(f"inlay: adapter saved in {config['output_dir']}")

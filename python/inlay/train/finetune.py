@@ -50,6 +50,7 @@ def finetune(
     data: RecordSource | TrainingData,
     *,
     method: Any = None,
+    base: Any = None,
     eval_data: RecordSource | TrainingData | None = None,
     max_length: int = 1024,
     train_on_inputs: bool = False,
@@ -65,6 +66,7 @@ def finetune(
         data: a .json or .jsonl path, a list of records, or what `inlay.data.prepare` returned.
             Formats: see `inlay.data.formats`.
         method: what to train, for a model that is not tuned yet: `inlay.S2FT(ratio=0.03)`.
+        base: quantize such a model first: "nf4", "fp4", "int8" or an `inlay.BaseConfig`.
         eval_data: records to evaluate on; with an `eval_strategy`, during training, else at the end.
         max_length: longer samples are cut, and counted.
         train_on_inputs: put loss on prompts too, not on completions only.
@@ -82,7 +84,7 @@ def finetune(
     """
     resume = training_arguments.pop("resume_from_checkpoint", None)
     arguments = _training_arguments(training_arguments)
-    model = _tuned(model, method)
+    model = _tuned(model, method, base)
     options = {"max_length": max_length, "train_on_inputs": train_on_inputs, "chat_template": chat_template}
     train_data = _prepared(data, tokenizer, options)
     held_out = None if eval_data is None else _prepared(eval_data, tokenizer, options)
@@ -134,21 +136,21 @@ def _training_arguments(given: dict[str, Any]) -> transformers.TrainingArguments
     return build_arguments(known=inspect.signature(finetune).parameters, **given)
 
 
-def _tuned(model: Any, method: Any) -> Any:
+def _tuned(model: Any, method: Any, base: Any) -> Any:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise TypeError(
             f"finetune trains decoder-only language models, got {type(model).__name__} (encoder-decoder); "
             "call inlay.tune and give the result to transformers' Seq2SeqTrainer"
         )
     tuned = state_of(model) is not None
-    if tuned and method is not None:
-        raise ValueError("the model is tuned already; leave method out, or start from the plain model")
+    if tuned and (method is not None or base is not None):
+        raise ValueError("the model is tuned already; leave method and base out, or start from the plain model")
     if not tuned and method is None:
         raise ValueError(
             "wanted a tuned model or a method, got a plain model and no method; "
             "pass method=inlay.S2FT(ratio=0.03), or call inlay.tune first"
         )
-    return model if tuned else tune(model, method)
+    return model if tuned else tune(model, method, base=base)
 
 
 def _prepared(data: RecordSource | TrainingData, tokenizer: Any, options: dict[str, Any]) -> TrainingData:
