@@ -131,6 +131,26 @@ def test_a_linear_keeps_the_chosen_inputs_or_all_of_them(side, update):
     assert [shape for shape in kept.shapes[0] if shape[-1] in (3, 40)] == [(5, 3 if side == "in" else 40)]
 
 
+@pytest.mark.parametrize("update", ["additive", "in_place"])
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_all_that_is_kept_goes_through_save_for_backward(family, update):
+    """A tensor left on a node's ctx escapes the count above, offloading hooks and the check for in-place changes."""
+    tuned = inlay.tune(family.build(), inlay.S2FT(ratio=0.2, target_modules="all-linear", update=update))
+    nodes, seen, own = [tuned(**family.batch(0)).loss.grad_fn], set(), 0
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+        attributes = vars(node) if isinstance(node, torch.autograd.function.BackwardCFunction) else {}
+        own += bool(attributes)
+        for name, value in attributes.items():
+            held = value if isinstance(value, list | tuple) else [value]
+            assert not any(isinstance(item, torch.Tensor) for item in held), f"{type(node).__name__}.{name}"
+    assert own >= len(deltas_of(tuned))
+
+
 def test_eval_and_no_grad_keep_nothing():
     tuned = inlay.tune(small_llama(), inlay.S2FT(ratio=0.2))
     kept = Kept(tuned, tuned.model.layers)

@@ -149,6 +149,7 @@ def test_ties_go_to_the_lower_channel():
     assert pick_groups(scores, 1, 1, "largest").tolist() == [1]
     assert pick_groups(scores, 2, 1, "largest").tolist() == [0]
     assert pick_groups(scores, 3, 1, "smallest").tolist() == [0]
+    assert pick_groups(torch.ones(5000), 1, 100, "largest").tolist() == list(range(100))
     assert expand_groups(torch.tensor([0, 3]), 3).tolist() == [0, 1, 2, 9, 10, 11]
 
 
