@@ -131,7 +131,7 @@ class TunedModel(Mixed):
             raise ValueError(f"no adapter {adapter_name!r}; there are {sorted(state.methods)}")
         for module in tuned_linears(self).values():
             if adapter_name in module.deltas:
-                del module.deltas[adapter_name]
+                module.remove_delta(adapter_name)
 
     def load_adapter(self, directory: str, adapter_name: str = "default", **kwargs) -> None:
         """Add the adapter in ``directory`` under ``adapter_name``; see :func:`inlay.load`."""

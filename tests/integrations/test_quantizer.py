@@ -231,7 +231,7 @@ def test_a_mixture_is_saved_under_our_name(dense_dir, tmp_path):
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_golden_checkpoint(kind, tmp_path):
-    """Written by transformers + bitsandbytes, loaded and written again without it: the same bytes and the same answers."""
+    """Written by transformers + bitsandbytes, loaded and written again without it: same bytes, same answers."""
     out = run(
         f"""
         import inlay, torch

@@ -16,6 +16,7 @@ from ..ops.quantize_blockwise import (
     check_blocksize,
     check_packed,
     dequantize_4bit,
+    dequantize_absmax,
     levels,
     quantize_4bit,
     quantize_absmax,
@@ -84,6 +85,19 @@ class FourBit(Storage):
         weights = codes[: self.rows * self.columns].view(self.rows, self.columns)
         weights.index_fill_(dim, indices, int(levels(self.quant_type).abs().argmin()))
         packed.copy_(codes[::2] << 4 | codes[1::2])
+
+    def write_(self, dim: int, indices: Tensor, values: Tensor, *tensors: Tensor | None) -> None:
+        packed, absmax, nested, offset, _ = tensors
+        assert packed is not None and absmax is not None
+        scales = absmax if nested is None or offset is None else dequantize_absmax(nested, absmax, offset)
+        scales = torch.where(scales == 0, 1.0, scales)  # of a block of zeros
+        place = torch.arange(self.rows * self.columns, device=packed.device).view(self.rows, self.columns)
+        place = place.index_select(dim, indices)
+        unit = values / scales[place // self.blocksize]
+        found = (unit[..., None] - levels(self.quant_type).to(unit.device)).abs().argmin(dim=-1).to(torch.uint8)
+        codes = torch.stack((packed.data >> 4, packed.data & 15), dim=1).reshape(-1)
+        codes[place.reshape(-1)] = found.reshape(-1)
+        packed.data.copy_(codes[::2] << 4 | codes[1::2])
 
 
 STORAGES["nf4"] = FourBit, {"quant_type": "nf4"}

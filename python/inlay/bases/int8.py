@@ -43,5 +43,12 @@ class Int8(Storage):
         assert tensors[0] is not None
         tensors[0].data.index_fill_(dim, indices, 0)
 
+    def write_(self, dim: int, indices: Tensor, values: Tensor, *tensors: Tensor | None) -> None:
+        codes, absmax, _ = tensors
+        assert codes is not None and absmax is not None
+        scales = absmax[:, None] / 127 if dim == 1 else absmax.index_select(0, indices)[:, None] / 127
+        found = (values / torch.where(scales == 0, 1.0, scales)).round().clamp(-127, 127).to(torch.int8)
+        codes.data.index_copy_(dim, indices, found)
+
 
 STORAGES["int8"] = Int8, {}

@@ -54,6 +54,10 @@ class Storage:
         """Make the chosen rows (dim 0) or columns (dim 1) exactly 0, in place, leaving all other codes as they are."""
         raise NotImplementedError(f"{type(self).__name__} must define zero_(dim, indices, *tensors)")
 
+    def write_(self, dim: int, indices: Tensor, values: Tensor, *tensors: Tensor | None) -> None:
+        """Undo :meth:`zero_`: write ``values``, as they were dequantized, into the chosen rows or columns."""
+        raise NotImplementedError(f"{type(self).__name__} must define write_(dim, indices, values, *tensors)")
+
 
 @contextmanager
 def naming(where: str) -> Iterator[None]:
@@ -76,6 +80,7 @@ class QuantizedWeight(_Module):
 
     storage: Storage
     compute_dtype: torch.dtype
+    conv1d: bool = False
 
     def hold(
         self, storage: Storage, tensors: tuple[Tensor | None, ...], bias: Tensor | None, compute_dtype: torch.dtype
@@ -97,6 +102,14 @@ class QuantizedWeight(_Module):
     def weight(self) -> Tensor:
         """The dense weight ``[out, in]`` in ``compute_dtype``, made anew at each access. Writing to it does nothing."""
         return self.storage.dequantize(self.compute_dtype, *self.tensors)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(
+                f"this weight is stored quantized ({self.storage}) and cannot be assigned or trained; train an adapter "
+                "on it, or load the dense model"
+            )
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         """Move storage between devices, but keep its dtypes."""

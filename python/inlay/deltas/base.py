@@ -56,6 +56,12 @@ class Delta(nn.Module):
     def prepare_base(self, storage: Storage, *tensors: Tensor | None) -> None:
         """Called once with a quantized base's tensors, which the delta may change in place."""
 
+    def release_base(self, storage: Storage, *tensors: Tensor | None) -> None:
+        """Undo :meth:`prepare_base`."""
+
+    def put_back(self, weight: Tensor) -> None:
+        """Write what :meth:`prepare_base` took out into a dense copy ``[out, in]`` of the base weight."""
+
     def weight_delta(self) -> Tensor:
         """Dense ``ΔW [out, in]`` in fp32: for merging and tests."""
         raise NotImplementedError(f"{type(self).__name__} must define weight_delta()")

@@ -178,6 +178,12 @@ class ExactSubmatrixDelta(SubmatrixDelta):
         self.register_buffer("s2ft_packed", held, persistent=False)
         storage.zero_(self.dim, self.s2ft_indices, *tensors)
 
+    def release_base(self, storage: Storage, *tensors: Tensor | None) -> None:
+        storage.write_(self.dim, self.s2ft_indices, self.s2ft_packed, *tensors)
+
+    def put_back(self, weight: Tensor) -> None:
+        weight.index_copy_(self.dim, self.s2ft_indices, self.s2ft_packed.to(weight.dtype))
+
     def add_original(self, y: Tensor, x: Tensor) -> Tensor:
         return submatrix_add_delta(y, x, self.s2ft_packed, self.s2ft_indices, self.side)
 

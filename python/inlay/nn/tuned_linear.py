@@ -81,6 +81,10 @@ class TunedLinear(nn.Linear):
                 "use the additive forms where several adapters share a base"
             )
 
+    def remove_delta(self, name: str) -> None:
+        """Forget adapter ``name``; the base is as it was without it."""
+        del self.deltas[name]
+
     def forward(self, x: Tensor) -> Tensor:
         active = self.active_deltas()
         if len(active) == 1:

@@ -22,6 +22,7 @@ class TunedQuantizedLinear(QuantizedWeight, TunedLinear):
         *tensors, bias = module.tensors
         self.hold(module.storage, tuple(tensors), bias, module.compute_dtype)
         self.base = module.storage
+        self.conv1d = module.conv1d
         self.start(module)
 
     @property
@@ -29,8 +30,19 @@ class TunedQuantizedLinear(QuantizedWeight, TunedLinear):
         return self.tensors
 
     @property
+    def weight(self) -> Tensor:
+        """The dequantized base weight ``[out, in]``, a copy, with what a delta took out of it put back."""
+        return self.dense_base(self.compute_dtype)
+
+    def dense_base(self, dtype: torch.dtype) -> Tensor:
+        """:attr:`weight` in another dtype."""
+        weight = self.storage.dequantize(dtype, *self.tensors)
+        for delta in self.deltas.values():
+            delta.put_back(weight)
+        return weight
+
+    @property
     def weight_view(self) -> Tensor:
-        """The dequantized base weight ``[out, in]``: a copy."""
         return self.weight
 
     def add_delta(self, name: str, delta: Delta) -> None:
@@ -46,9 +58,21 @@ class TunedQuantizedLinear(QuantizedWeight, TunedLinear):
         """Nothing to synchronize: no delta writes into a packed weight."""
 
     @torch.no_grad()
-    def to_plain(self) -> nn.Module:
-        """The dense module this once was, holding the dequantized and merged weight."""
-        return dense_linear(self.merged_weight(), self.bias, self.plain_holder[0].conv1d).train(self.training)
+    def merged_weight(self, onto: Tensor | None = None) -> Tensor:
+        """``onto`` (the dequantized base if None) plus the active deltas, ``[out, in]`` in its dtype."""
+        merged = self.weight if onto is None else onto
+        for delta in self.active_deltas():
+            merged = delta.merge_into(merged)
+        return merged
+
+    def remove_delta(self, name: str) -> None:
+        delta = self.deltas[name]
+        super().remove_delta(name)
+        delta.release_base(self.storage, *self.tensors)
+
+    def to_plain(self, onto: Tensor | None = None) -> nn.Module:
+        """The dense module this once was, holding ``onto`` or the dequantized base, and the active deltas."""
+        return dense_linear(self.merged_weight(onto), self.bias, self.conv1d).train(self.training)
 
 
 def tuned(module: nn.Module) -> TunedLinear:
