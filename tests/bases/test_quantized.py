@@ -1,4 +1,4 @@
-"""Quantized linears as modules: bytes survive everything, errors name what is wrong, gradients are those of autograd."""
+"""Quantized linears as modules: bytes survive everything, errors name what is wrong, gradients are autograd's."""
 
 import copy
 import io

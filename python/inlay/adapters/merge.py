@@ -52,6 +52,9 @@ def merge(
             "count that part twice; merge without originals"
         )
     source = find_originals(model, originals, packed) if packed and not bound else None
+    if in_place and source is not None:
+        for name in packed:
+            source.weight(name, model.get_submodule(name))  # raises before anything changes
     before = _logits(model, inputs)
     plain = model if in_place else copy.deepcopy(model)
     for name, module in tuned_linears(plain).items():
