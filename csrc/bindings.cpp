@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "stream.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -44,6 +45,8 @@ struct Names {
   PyObject* stride = PyUnicode_InternFromString("stride");
   PyObject* dtype = PyUnicode_InternFromString("dtype");
   PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
+  PyObject* is_cuda = PyUnicode_InternFromString("is_cuda");
+  PyObject* get_device = PyUnicode_InternFromString("get_device");
 };
 
 const Names& names() {
@@ -83,9 +86,38 @@ inlay::TensorView to_view(py::handle tensor) {
   view.ndim = read_sizes(attribute(tensor, names().shape), view.shape);
   read_sizes(call(tensor, names().stride), view.strides);
   view.dtype = to_dtype(attribute(tensor, names().dtype));
+  if (attribute(tensor, names().is_cpu).ptr() == Py_True) return view;
   view.device =
-      attribute(tensor, names().is_cpu).ptr() == Py_True ? inlay::Device::cpu : inlay::Device::other;
+      attribute(tensor, names().is_cuda).ptr() == Py_True ? inlay::Device::cuda : inlay::Device::other;
+  view.device_index = int(PyLong_AsLong(call(tensor, names().get_device).ptr()));
   return view;
+}
+
+// torch._C._cuda_getCurrentRawStream(device) -> cudaStream_t as int. Handed in once by _native.py.
+PyObject* current_stream_of = nullptr;
+
+void find_cuda(const inlay::TensorView*& found, const inlay::TensorView& tensor) {
+  if (!found && tensor.device == inlay::Device::cuda) found = &tensor;
+}
+void find_cuda(const inlay::TensorView*& found, const inlay::TensorList& list) {
+  if (list.size) find_cuda(found, list.items[0]);
+}
+template <class Number>
+void find_cuda(const inlay::TensorView*&, const Number&) {}
+
+// An op as Python calls it: on the device of its tensors and the stream that is current there, without the
+// GIL.
+template <class... A>
+auto on_current_stream(void (*op)(A...)) {
+  return [op](A... arguments) {
+    const inlay::TensorView* cuda = nullptr;
+    (find_cuda(cuda, arguments), ...);
+    const int device = cuda && current_stream_of ? cuda->device_index : -1;
+    void* stream = device < 0 ? nullptr : PyLong_AsVoidPtr(py::handle(current_stream_of)(device).ptr());
+    const inlay::OnStream guard(device, stream);
+    const py::gil_scoped_release release;
+    op(arguments...);
+  };
 }
 
 }  // namespace
@@ -123,6 +155,7 @@ PYBIND11_MODULE(_C, m) {
     return result;
   });
   m.def("init_dtypes", &init_dtypes);
+  m.def("init_streams", [](py::object getter) { current_stream_of = getter.release().ptr(); });
   m.def("set_num_threads", &inlay::set_num_threads);
   m.def("num_threads", &inlay::num_threads);
   m.def("set_isa", &inlay::set_isa, py::arg("isa") = "",
@@ -133,13 +166,14 @@ PYBIND11_MODULE(_C, m) {
     py::dict info;
     info["isas"] = inlay::built_isas();
     info["openmp"] = inlay::built_with_openmp();
-    info["cuda"] = false;
+    info["cuda"] = !inlay::cuda_archs().empty();
+    info["cuda_archs"] = inlay::cuda_archs();
     info["compiler"] = INLAY_COMPILER;
     return info;
   });
 
-// Every op of ops.h under its own name: arguments are converted with the GIL, then it is released.
-#define INLAY_OP(name, args) m.def(#name, &inlay::name, py::call_guard<py::gil_scoped_release>());
+// Every op of ops.h under its own name.
+#define INLAY_OP(name, args) m.def(#name, on_current_stream(&inlay::name));
 #include "ops.h"
 #undef INLAY_OP
 }

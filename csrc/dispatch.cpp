@@ -28,6 +28,12 @@ namespace amx {
 #include "ops.h"
 }
 #endif
+#if defined(INLAY_HAVE_CUDA)
+namespace cuda {
+#define INLAY_CPU_OP(name, args)
+#include "ops.h"
+}  // namespace cuda
+#endif
 }  // namespace inlay
 #undef INLAY_OP
 
@@ -63,6 +69,19 @@ constexpr KernelTable kAmx = {
 };
 #undef INLAY_OP
 
+#endif
+
+#if defined(INLAY_HAVE_CUDA)
+#define INLAY_OP(name, args) &cuda::name,
+#define INLAY_CPU_OP(name, args) nullptr,
+constexpr KernelTable kCuda = {
+    "cuda",
+#include "ops.h"
+};
+#undef INLAY_OP
+#endif
+
+#if defined(INLAY_HAVE_avx2)
 // XCR0: which registers the operating system saves. A CPU flag without it means a fault at the first use.
 uint64_t saved_registers() {
   uint32_t low = 0, high = 0;
@@ -139,6 +158,24 @@ const KernelTable& kernels() {
   const KernelTable* table = current.load(std::memory_order_acquire);
   if (!table) current.store(table = choose(), std::memory_order_release);
   return *table;
+}
+
+const KernelTable& kernels_for(const char* op, Device device) {
+  if (device == Device::cpu) return kernels();
+#if defined(INLAY_HAVE_CUDA)
+  if (device == Device::cuda) return kCuda;
+#endif
+  throw std::invalid_argument("inlay." + std::string(op) +
+                              ": wanted CPU tensors, got CUDA tensors, and this build has no CUDA kernels; "
+                              "build with INLAY_CUDA=on, or use the reference");
+}
+
+std::string cuda_archs() {
+#if defined(INLAY_HAVE_CUDA)
+  return INLAY_HAVE_CUDA;
+#else
+  return "";
+#endif
 }
 
 void set_isa(const std::string& isa) { current.store(isa.empty() ? choose() : find(isa)); }

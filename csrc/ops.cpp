@@ -31,6 +31,32 @@ void check_norm_weight(const char* op, const TensorView& weight, int64_t width) 
   check_vector(op, "weight", weight, width);
 }
 
+// All tensors of a call are on one device; `first` is the first of them, numbers are none.
+void same_device(const char* op, const TensorView*& first, const TensorView& tensor) {
+  if (!tensor.data && tensor.ndim == 0) return;  // None
+  if (!first) first = &tensor;
+  if (tensor.device == first->device && tensor.device_index == first->device_index) return;
+  throw std::invalid_argument("inlay." + std::string(op) +
+                              ": tensors: wanted all on one device, got several; move them together");
+}
+void same_device(const char* op, const TensorView*& first, const TensorList& list) {
+  for (int64_t i = 0; i < list.size; ++i) same_device(op, first, list.items[i]);
+}
+template <class Number>
+void same_device(const char*, const TensorView*&, const Number&) {}
+
+// The kernel of the device that the arguments are on.
+template <class... Parameters, class... Arguments>
+void run(const char* op, void (*KernelTable::*kernel)(Parameters...), const Arguments&... arguments) {
+  const TensorView* first = nullptr;
+  (same_device(op, first, arguments), ...);
+  const KernelTable& table = kernels_for(op, first ? first->device : Device::cpu);
+  if (!(table.*kernel))
+    throw std::invalid_argument("inlay." + std::string(op) + ": wanted a kernel for " + table.isa +
+                                ", but there is none; use the reference");
+  (table.*kernel)(arguments...);
+}
+
 void check_act(const char* op, int64_t act) {
   if (act < 0 || act > 2)
     throw std::invalid_argument("inlay." + std::string(op) + ": act: wanted 0, 1 or 2, got " +
@@ -45,7 +71,7 @@ void submatrix_gather(const TensorView& out, const TensorView& x, const TensorVi
   check_indices(op, indices, x.shape[1]);
   check_float(op, "out", out);
   check_matrix(op, "out", out, x.shape[0], indices.shape[0]);
-  kernels().submatrix_gather(out, x, indices);
+  run(op, &KernelTable::submatrix_gather, out, x, indices);
 }
 
 void submatrix_add(const TensorView& out, const TensorView& y, const TensorView& acc) {
@@ -54,7 +80,7 @@ void submatrix_add(const TensorView& out, const TensorView& y, const TensorView&
   check_like(op, "out", out, y);
   check_dtype(op, "acc", acc, DType::f32);
   check_matrix(op, "acc", acc, y.shape[0], y.shape[1]);
-  kernels().submatrix_add(out, y, acc);
+  run(op, &KernelTable::submatrix_add, out, y, acc);
 }
 
 void submatrix_scatter_add(const TensorView& dx, const TensorView& indices, const TensorView& acc) {
@@ -63,7 +89,7 @@ void submatrix_scatter_add(const TensorView& dx, const TensorView& indices, cons
   check_indices(op, indices, dx.shape[1]);
   check_dtype(op, "acc", acc, DType::f32);
   check_matrix(op, "acc", acc, dx.shape[0], indices.shape[0]);
-  kernels().submatrix_scatter_add(dx, indices, acc);
+  run(op, &KernelTable::submatrix_scatter_add, dx, indices, acc);
 }
 
 void submatrix_write(const TensorView& weight, const TensorView& indices, const TensorView& values) {
@@ -74,7 +100,7 @@ void submatrix_write(const TensorView& weight, const TensorView& indices, const 
   check_dtype(op, "values", values, DType::f32);
   const int64_t wanted[] = {rows, indices.shape[0]};
   check_shape(op, "values", values, 2, wanted);
-  kernels().submatrix_write(weight, indices, values);
+  run(op, &KernelTable::submatrix_write, weight, indices, values);
 }
 
 void submatrix_grad(const TensorView& out, const TensorView& dy, const TensorView& x) {
@@ -87,7 +113,7 @@ void submatrix_grad(const TensorView& out, const TensorView& dy, const TensorVie
   check_dtype(op, "out", out, DType::f32);
   if (out.ndim != 2 || out.shape[0] != dy.shape[1] || out.shape[1] != x.shape[1])
     fail(op, "out", "[columns of dy, columns of x]", out, "match it to both");
-  kernels().submatrix_grad(out, dy, x);
+  run(op, &KernelTable::submatrix_grad, out, dy, x);
 }
 
 void swiglu_forward(const TensorView& out, const TensorView& gate, const TensorView& up, int64_t act) {
@@ -96,7 +122,7 @@ void swiglu_forward(const TensorView& out, const TensorView& gate, const TensorV
   check_like(op, "up", up, gate);
   check_like(op, "out", out, gate);
   check_act(op, act);
-  kernels().swiglu_forward(out, gate, up, act);
+  run(op, &KernelTable::swiglu_forward, out, gate, up, act);
 }
 
 void swiglu_backward(const TensorView& dgate, const TensorView& dup, const TensorView& h_sel,
@@ -112,7 +138,7 @@ void swiglu_backward(const TensorView& dgate, const TensorView& dup, const Tenso
   check_dtype(op, "h_sel", h_sel, gate.dtype);
   check_matrix(op, "h_sel", h_sel, gate.shape[0], indices.shape[0]);
   check_act(op, act);
-  kernels().swiglu_backward(dgate, dup, h_sel, dh, gate, up, indices, act);
+  run(op, &KernelTable::swiglu_backward, dgate, dup, h_sel, dh, gate, up, indices, act);
 }
 
 void rms_norm_forward(const TensorView& y, const TensorView& rstd, const TensorView& x,
@@ -123,7 +149,7 @@ void rms_norm_forward(const TensorView& y, const TensorView& rstd, const TensorV
   check_dtype(op, "rstd", rstd, DType::f32);
   check_vector(op, "rstd", rstd, x.shape[0]);
   check_norm_weight(op, weight, x.shape[1]);
-  kernels().rms_norm_forward(y, rstd, x, weight, eps, offset);
+  run(op, &KernelTable::rms_norm_forward, y, rstd, x, weight, eps, offset);
 }
 
 void rms_norm_backward(const TensorView& dx, const TensorView& dy, const TensorView& x,
@@ -135,7 +161,7 @@ void rms_norm_backward(const TensorView& dx, const TensorView& dy, const TensorV
   check_dtype(op, "rstd", rstd, DType::f32);
   check_vector(op, "rstd", rstd, x.shape[0]);
   check_norm_weight(op, weight, x.shape[1]);
-  kernels().rms_norm_backward(dx, dy, x, weight, rstd, offset);
+  run(op, &KernelTable::rms_norm_backward, dx, dy, x, weight, rstd, offset);
 }
 
 void rope_rotate(const TensorView& y, const TensorView& x, const TensorView& cos, const TensorView& sin,
@@ -155,7 +181,7 @@ void rope_rotate(const TensorView& y, const TensorView& x, const TensorView& cos
   check_shape(op, "sin", sin, 3, cos.shape);
   if (sin.shape[2] > 1 && sin.strides[2] != 1)
     fail(op, "sin", "unit inner stride", sin, "call .contiguous() first");
-  kernels().rope_rotate(y, x, cos, sin, inverse);
+  run(op, &KernelTable::rope_rotate, y, x, cos, sin, inverse);
 }
 
 void cross_entropy_chunk(const TensorView& loss, const TensorView& logits, const TensorView& labels,
@@ -167,12 +193,12 @@ void cross_entropy_chunk(const TensorView& loss, const TensorView& logits, const
   check_dtype(op, "labels", labels, DType::i64);
   check_vector(op, "labels", labels, logits.shape[0]);
   const auto* values = static_cast<const int64_t*>(labels.data);
-  for (int64_t i = 0; i < labels.shape[0]; ++i)
+  for (int64_t i = 0; labels.device == Device::cpu && i < labels.shape[0]; ++i)
     if (values[i] < 0 || values[i] >= logits.shape[1])
       throw std::out_of_range("inlay.cross_entropy_chunk_: labels: wanted values in [0, " +
                               std::to_string(logits.shape[1]) + "), got " + std::to_string(values[i]) +
                               "; drop ignored rows first");
-  kernels().cross_entropy_chunk(loss, logits, labels, scale, write_grad);
+  run(op, &KernelTable::cross_entropy_chunk, loss, logits, labels, scale, write_grad);
 }
 
 void adamw_step(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
@@ -193,8 +219,8 @@ void adamw_step(const TensorList& params, const TensorList& grads, const TensorL
   }
   if (step < 1)
     throw std::invalid_argument("inlay.adamw_step_: step: wanted 1 or more; count the first step as 1");
-  kernels().adamw_step(params, grads, exp_avgs, exp_avg_sqs, lr, beta1, beta2, eps, weight_decay, step,
-                       grad_scale);
+  run(op, &KernelTable::adamw_step, params, grads, exp_avgs, exp_avg_sqs, lr, beta1, beta2, eps, weight_decay,
+      step, grad_scale);
 }
 
 void causal_attention_backward(const TensorView& dq, const TensorView& dk, const TensorView& dv,
@@ -224,7 +250,7 @@ void causal_attention_backward(const TensorView& dq, const TensorView& dk, const
   check_shape(op, "lse", lse, 3, q.shape);
   if (lse.shape[2] > 1 && lse.strides[2] != 1)
     fail(op, "lse", "unit stride along T", lse, "call .contiguous() first");
-  kernels().causal_attention_backward(dq, dk, dv, dout, q, k, v, out, lse, scale);
+  run(op, &KernelTable::causal_attention_backward, dq, dk, dv, dout, q, k, v, out, lse, scale);
 }
 
 void check_blocksize(const char* op, int64_t blocksize) {
@@ -275,7 +301,7 @@ void quantize_4bit(const TensorView& packed, const TensorView& absmax, const Ten
   check_vector(op, "bounds", bounds, 15);
   check_dtype(op, "order", order, DType::u8);
   check_vector(op, "order", order, 16);
-  kernels().quantize_4bit(packed, absmax, w, bounds, order, blocksize);
+  run(op, &KernelTable::quantize_4bit, packed, absmax, w, bounds, order, blocksize);
 }
 
 void dequantize_4bit(const TensorView& out, const TensorView& packed, const TensorView& levels,
@@ -288,7 +314,8 @@ void dequantize_4bit(const TensorView& out, const TensorView& packed, const Tens
     fail(op, "out", "a rectangle inside the weight", out, "check row, column and columns");
   const int64_t last = numel(out) ? (row + out.shape[0] - 1) * columns + column + out.shape[1] : 0;
   check_four_bit(op, last, packed, levels, absmax, codes, map, offset, blocksize);
-  kernels().dequantize_4bit(out, packed, levels, absmax, codes, map, offset, blocksize, columns, row, column);
+  run(op, &KernelTable::dequantize_4bit, out, packed, levels, absmax, codes, map, offset, blocksize, columns,
+      row, column);
 }
 
 void quantized_linear(const TensorView& y, const TensorView& x, const TensorView& packed,
@@ -304,7 +331,7 @@ void quantized_linear(const TensorView& y, const TensorView& x, const TensorView
     check_dtype(op, "bias", bias, x.dtype);
     check_vector(op, "bias", bias, y.shape[1]);
   }
-  kernels().quantized_linear(y, x, packed, levels, absmax, codes, map, offset, bias, blocksize);
+  run(op, &KernelTable::quantized_linear, y, x, packed, levels, absmax, codes, map, offset, bias, blocksize);
 }
 
 }  // namespace inlay

@@ -1,5 +1,6 @@
 // THE contract: every op with its math, shapes and dtypes. Included several times, each time with another
-// INLAY_OP, so that declarations, dispatch tables and bindings all come from this one list.
+// INLAY_OP, so that declarations, dispatch tables and bindings all come from this one list. INLAY_CPU_OP,
+// where an includer defines it, stands for the ops that have no CUDA kernel.
 //
 // Conventions
 //   float        float32, bfloat16 or float16; all float arguments of one op share it unless said otherwise
@@ -8,6 +9,10 @@
 //   outputs      first; they overlap no input unless the comment says so
 //   arithmetic   float32, rounded to nearest even once, when stored
 //   results      do not depend on the number of threads
+
+#if !defined(INLAY_CPU_OP)
+#define INLAY_CPU_OP INLAY_OP
+#endif
 
 // out[m, j] = x[m, indices[j]]                          out float [M, s] (own dtype), x float [M, K]
 INLAY_OP(submatrix_gather, (const TensorView& out, const TensorView& x, const TensorView& indices))
@@ -23,7 +28,7 @@ INLAY_OP(submatrix_write, (const TensorView& weight, const TensorView& indices, 
 
 // out[n, j] = Σ_m dy[m, n]·x[m, j] in fp32            out f32 [N, s], any strides; dy bf16 [M, N], x bf16 [M,
 // s], s the narrower. Exists at isa amx only.
-INLAY_OP(submatrix_grad, (const TensorView& out, const TensorView& dy, const TensorView& x))
+INLAY_CPU_OP(submatrix_grad, (const TensorView& out, const TensorView& dy, const TensorView& x))
 
 // out = act(gate)·up                                    float [M, K]; act 0 silu, 1 gelu tanh, 2 gelu erf
 INLAY_OP(swiglu_forward, (const TensorView& out, const TensorView& gate, const TensorView& up, int64_t act))
@@ -67,10 +72,10 @@ INLAY_OP(adamw_step, (const TensorList& params, const TensorList& grads, const T
 // dq, dout, q, out bf16 [B, H, T, D]; k, v bf16 [B, G, T, D], H a multiple of G; lse f32 [B, H, T];
 // dk, dv f32 [B, H, T, D], one part per query head (the caller adds those of a group). D a multiple of 32,
 // unit stride along D (and T for lse). P and dS are rounded to bf16 for the products. Exists at isa amx only.
-INLAY_OP(causal_attention_backward,
-         (const TensorView& dq, const TensorView& dk, const TensorView& dv, const TensorView& dout,
-          const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out,
-          const TensorView& lse, double scale))
+INLAY_CPU_OP(causal_attention_backward,
+             (const TensorView& dq, const TensorView& dk, const TensorView& dv, const TensorView& dout,
+              const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out,
+              const TensorView& lse, double scale))
 
 // absmax[b] = max |w| in block b, NaN if w is not finite there;  code = level nearest to w/absmax[b]
 // packed[i] = code[2i] << 4 | code[2i+1]                 packed u8 [ceil(n/2)]; absmax f32
@@ -94,3 +99,5 @@ INLAY_OP(quantized_linear,
          (const TensorView& y, const TensorView& x, const TensorView& packed, const TensorView& levels,
           const TensorView& absmax, const TensorView& codes, const TensorView& map, const TensorView& offset,
           const TensorView& bias, int64_t blocksize))
+
+#undef INLAY_CPU_OP

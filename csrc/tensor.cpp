@@ -62,18 +62,18 @@ void fail(const char* op, const char* name, const char* wanted, const TensorView
   refuse(op, name, wanted, describe(got), todo);
 }
 
-void check_cpu(const char* op, const char* name, const TensorView& tensor) {
-  if (tensor.device != Device::cpu)
-    refuse(op, name, "a CPU tensor", "a tensor elsewhere", "this kernel runs on the CPU");
+void check_device(const char* op, const char* name, const TensorView& tensor) {
+  if (tensor.device == Device::other)
+    refuse(op, name, "a CPU or CUDA tensor", "a tensor elsewhere", "move it there, or use the reference");
 }
 
 void check_dtype(const char* op, const char* name, const TensorView& tensor, DType dtype) {
-  check_cpu(op, name, tensor);
+  check_device(op, name, tensor);
   if (tensor.dtype != dtype) refuse(op, name, dtype_name(dtype), describe(tensor), "cast it first");
 }
 
 void check_float(const char* op, const char* name, const TensorView& tensor) {
-  check_cpu(op, name, tensor);
+  check_device(op, name, tensor);
   if (tensor.dtype != DType::f32 && tensor.dtype != DType::bf16 && tensor.dtype != DType::f16)
     refuse(op, name, "float32, bfloat16 or float16", describe(tensor), "cast it first");
 }
@@ -98,6 +98,7 @@ void check_vector(const char* op, const char* name, const TensorView& tensor, in
 void check_indices(const char* op, const TensorView& indices, int64_t width) {
   check_dtype(op, "indices", indices, DType::i64);
   check_vector(op, "indices", indices, indices.ndim == 1 ? indices.shape[0] : 0);
+  if (indices.device != Device::cpu) return;
   const auto* values = static_cast<const int64_t*>(indices.data);
   for (int64_t j = 0; j < indices.shape[0]; ++j) {
     if (values[j] < 0 || values[j] >= width)

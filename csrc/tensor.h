@@ -18,6 +18,7 @@ struct TensorView {
   void* data = nullptr;  // nullptr with ndim 0: the caller passed None
   DType dtype = DType::other;
   Device device = Device::cpu;
+  int device_index = 0;
   int ndim = 0;
   int64_t shape[kMaxDims] = {};
   int64_t strides[kMaxDims] = {};  // in elements
@@ -34,13 +35,14 @@ int64_t numel(const TensorView& tensor);
 // Each check throws std::invalid_argument("inlay.<op>: <name>: wanted ..., got ...; <what to do>").
 [[noreturn]] void fail(const char* op, const char* name, const char* wanted, const TensorView& got,
                        const char* todo);
-void check_cpu(const char* op, const char* name, const TensorView& tensor);
+void check_device(const char* op, const char* name, const TensorView& tensor);  // CPU or CUDA
 void check_dtype(const char* op, const char* name, const TensorView& tensor, DType dtype);
 void check_float(const char* op, const char* name, const TensorView& tensor);
 void check_shape(const char* op, const char* name, const TensorView& tensor, int ndim, const int64_t* shape);
 void check_matrix(const char* op, const char* name, const TensorView& tensor, int64_t rows, int64_t cols);
 void check_vector(const char* op, const char* name, const TensorView& tensor, int64_t size);
 // int64 [s], strictly increasing, in [0, width). Throws std::out_of_range for a channel that is not there.
+// Values on a GPU are not looked at: that would wait for the device.
 void check_indices(const char* op, const TensorView& indices, int64_t width);
 
 }  // namespace inlay

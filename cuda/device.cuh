@@ -47,5 +47,17 @@ __device__ __forceinline__ float block_sum(float value, float* partial) {
   return total;
 }
 
+// The maximum in the same way; a NaN is passed over unless all are.
+__device__ __forceinline__ float block_max(float value, float* partial) {
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp, warps = int(blockDim.x) / kWarp;
+  value = warp_max(value);
+  __syncthreads();
+  if (lane == 0) partial[warp] = value;
+  __syncthreads();
+  float total = partial[0];
+  for (int w = 1; w < warps; ++w) total = partial[w] > total ? partial[w] : total;
+  return total;
+}
+
 }  // namespace cuda
 }  // namespace inlay

@@ -18,6 +18,10 @@ struct Grid {
 // The caller's stream, set by the binding before each call (a cudaStream_t; ignored by the emulation).
 void* current_stream();
 
+// Of the current device. Kernels that loop over their work start as many blocks as fit, not as many as there
+// is work.
+int multiprocessors();
+
 // Blocks needed for `items` at `each` per block; 64-bit, and refused where a grid cannot hold them.
 inline unsigned blocks_for(int64_t items, int64_t each) {
   const int64_t blocks = (items + each - 1) / each;
@@ -26,11 +30,17 @@ inline unsigned blocks_for(int64_t items, int64_t each) {
   return unsigned(blocks);
 }
 
+inline bool nothing_to_do(const char* name, const Grid& grid) {
+  if (grid.blocks.y > 65535)
+    throw std::invalid_argument(std::string("inlay: ") + name + ": rows this long do not fit a grid");
+  return grid.blocks.x == 0 || grid.blocks.y == 0;
+}
+
 #if defined(__CUDACC__)
 
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), const Grid& grid, A... arguments) {
-  if (grid.blocks.x == 0 || grid.blocks.y == 0) return;  // nothing to do
+  if (nothing_to_do(name, grid)) return;
   auto* stream = static_cast<cudaStream_t>(current_stream());
   if (grid.shared > (48u << 10)) {
     const auto error =
@@ -49,7 +59,7 @@ void launch(const char* name, void (*kernel)(P...), const Grid& grid, A... argum
 
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), const Grid& grid, A... arguments) {
-  if (grid.blocks.x == 0 || grid.blocks.y == 0) return;
+  if (nothing_to_do(name, grid)) return;
   auto body = [&] { kernel(P(arguments)...); };
   simt::run(
       name, grid.blocks, grid.threads, grid.shared, [](void* f) { (*static_cast<decltype(body)*>(f))(); },
@@ -57,8 +67,6 @@ void launch(const char* name, void (*kernel)(P...), const Grid& grid, A... argum
 }
 
 #endif
-
-#define INLAY_LAUNCH(kernel, grid, ...) ::inlay::cuda::launch(#kernel, kernel, grid, __VA_ARGS__)
 
 // Calls f(T{}) with the device type of a float `dtype`.
 template <class F>
@@ -69,6 +77,12 @@ void with_float(DType dtype, F&& f) {
   throw std::invalid_argument(std::string("inlay: wanted float32, bfloat16 or float16, got ") +
                               dtype_name(dtype));
 }
+
+// The launchers that this library has to define: one per op.
+#define INLAY_OP(name, args) void name args;
+#define INLAY_CPU_OP(name, args)
+#include "ops.h"
+#undef INLAY_OP
 
 template <class T>
 T* data(const TensorView& tensor) {

@@ -2,22 +2,16 @@
 //
 //   rstd = 1/sqrt(mean(x²) + eps)   y = x·rstd·(offset + weight)
 //   t = dy·(offset + weight)        dx = rstd·(t − x·rstd²·mean(t·x))
-#include "launch.cuh"
-
-#define INLAY_OP(name, args) void name args;
-namespace inlay {
-namespace cuda {
-#include "ops.h"
-}
-}  // namespace inlay
-#undef INLAY_OP
+//
+//   x, y, dx, dy  [M, H]    rstd  [M]    weight  [H] or none
+#include "rows.cuh"
 
 namespace inlay {
 namespace cuda {
 
 namespace {
 
-constexpr int kThreads = 256;  // 8 warps: a row of 2,048 to 8,192 gives each lane 8 to 32 elements
+constexpr int kThreads = 256;  // 8 warps: a row of 2,048 to 8,192 gives each lane one to four packs
 
 struct Scale {
   const void* weight;  // [H], or null for 1
@@ -32,14 +26,11 @@ struct Scale {
   }
 };
 
-template <class T>
-struct Rows {
-  T* data;
-  int64_t stride;  // elements between rows
-  __device__ __forceinline__ T* at(int64_t m) const { return data + m * stride; }
-};
+Scale scale_of(const TensorView& weight, double offset) {
+  return {weight.ndim == 0 ? nullptr : weight.data, weight.dtype, float(offset)};
+}
 
-template <class T>
+template <class T, int N>
 __global__ void __launch_bounds__(kThreads)
     forward_kernel(Rows<T> y, float* rstd, int64_t rstd_stride, Rows<const T> x, Scale scale, int64_t width,
                    float eps) {
@@ -47,18 +38,20 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t m = blockIdx.x;
   const T* from = x.at(m);
   float squares = 0.0f;
-  for (int64_t j = threadIdx.x; j < width; j += kThreads) {
-    const float v = to_float(from[j]);
-    squares += v * v;
+  for (int64_t j = threadIdx.x * N; j < width; j += kThreads * N) {
+    const auto pack = load<N>(from + j);
+    for (int i = 0; i < N; ++i) squares = fmaf(to_float(pack.at[i]), to_float(pack.at[i]), squares);
   }
   const float r = rsqrtf(block_sum(squares, partial) / float(width) + eps);
   if (threadIdx.x == 0) rstd[m * rstd_stride] = r;
-  T* into = y.at(m);
-  for (int64_t j = threadIdx.x; j < width; j += kThreads)
-    from_float(to_float(from[j]) * r * scale.at(j), into[j]);
+  for (int64_t j = threadIdx.x * N; j < width; j += kThreads * N) {
+    auto pack = load<N>(from + j);
+    for (int i = 0; i < N; ++i) from_float(to_float(pack.at[i]) * r * scale.at(j + i), pack.at[i]);
+    store(y.at(m) + j, pack);
+  }
 }
 
-template <class T>
+template <class T, int N>
 __global__ void __launch_bounds__(kThreads)
     backward_kernel(Rows<T> dx, Rows<const T> dy, Rows<const T> x, Scale scale, const float* rstd,
                     int64_t rstd_stride, int64_t width) {
@@ -66,22 +59,20 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t m = blockIdx.x;
   const T *from = x.at(m), *grad = dy.at(m);
   float products = 0.0f;
-  for (int64_t j = threadIdx.x; j < width; j += kThreads)
-    products += to_float(grad[j]) * scale.at(j) * to_float(from[j]);
+  for (int64_t j = threadIdx.x * N; j < width; j += kThreads * N) {
+    const auto value = load<N>(from + j), d = load<N>(grad + j);
+    for (int i = 0; i < N; ++i)
+      products = fmaf(to_float(d.at[i]) * scale.at(j + i), to_float(value.at[i]), products);
+  }
   const float r = rstd[m * rstd_stride];
   const float pull = -block_sum(products, partial) / float(width) * r * r;
-  T* into = dx.at(m);
-  for (int64_t j = threadIdx.x; j < width; j += kThreads)
-    from_float(r * (to_float(grad[j]) * scale.at(j) + to_float(from[j]) * pull), into[j]);
-}
-
-Scale scale_of(const TensorView& weight, double offset) {
-  return {weight.ndim == 0 ? nullptr : weight.data, weight.dtype, float(offset)};
-}
-
-template <class T>
-Rows<T> rows(const TensorView& t) {
-  return {static_cast<T*>(t.data), t.strides[0]};
+  for (int64_t j = threadIdx.x * N; j < width; j += kThreads * N) {
+    auto value = load<N>(from + j);
+    const auto d = load<N>(grad + j);
+    for (int i = 0; i < N; ++i)
+      from_float(r * fmaf(to_float(value.at[i]), pull, to_float(d.at[i]) * scale.at(j + i)), value.at[i]);
+    store(dx.at(m) + j, value);
+  }
 }
 
 }  // namespace
@@ -91,8 +82,11 @@ void rms_norm_forward(const TensorView& y, const TensorView& rstd, const TensorV
   const Grid grid{dim3(blocks_for(x.shape[0], 1)), dim3(kThreads)};
   with_float(x.dtype, [&](auto element) {
     using T = decltype(element);
-    INLAY_LAUNCH(forward_kernel<T>, grid, rows<T>(y), data<float>(rstd), rstd.strides[0], rows<const T>(x),
-                 scale_of(weight, offset), x.shape[1], float(eps));
+    const auto run = [&](auto n) {
+      launch("rms_norm_forward", forward_kernel<T, n()>, grid, rows<T>(y), data<float>(rstd), rstd.strides[0],
+             rows<const T>(x), scale_of(weight, offset), x.shape[1], float(eps));
+    };
+    with_pack<T>(x.shape[1], run, y, x);
   });
 }
 
@@ -101,8 +95,12 @@ void rms_norm_backward(const TensorView& dx, const TensorView& dy, const TensorV
   const Grid grid{dim3(blocks_for(x.shape[0], 1)), dim3(kThreads)};
   with_float(x.dtype, [&](auto element) {
     using T = decltype(element);
-    INLAY_LAUNCH(backward_kernel<T>, grid, rows<T>(dx), rows<const T>(dy), rows<const T>(x),
-                 scale_of(weight, offset), data<const float>(rstd), rstd.strides[0], x.shape[1]);
+    const auto run = [&](auto n) {
+      launch("rms_norm_backward", backward_kernel<T, n()>, grid, rows<T>(dx), rows<const T>(dy),
+             rows<const T>(x), scale_of(weight, offset), data<const float>(rstd), rstd.strides[0],
+             x.shape[1]);
+    };
+    with_pack<T>(x.shape[1], run, dx, dy, x);
   });
 }
 

@@ -2,6 +2,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <csetjmp>
 #include <map>
 #include <memory>
 #include <random>
@@ -12,6 +13,7 @@
 #include "simt/simt.h"
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -26,9 +28,20 @@ constexpr size_t kStack = 128 << 10;
 
 enum class State { runnable, at_barrier, at_collective, done };
 
-struct Thread {
+// A place to continue at. A fiber is entered once through ucontext; after that plain builds switch with
+// setjmp, which asks the kernel nothing (swapcontext makes two system calls). AddressSanitizer follows
+// swapcontext only.
+struct Place {
   ucontext_t context;
-  std::unique_ptr<char[]> stack;
+#if !defined(__SANITIZE_ADDRESS__)
+  jmp_buf jump;
+#endif
+};
+
+struct Thread {
+  Place place;
+  char* stack = nullptr;
+  bool entered = false;
   dim3 index;
   State state = State::runnable;
   const char* waits_in = nullptr;  // name of the collective
@@ -44,7 +57,7 @@ struct Block {
   std::vector<Thread> threads;
   std::map<int, std::vector<unsigned char>> arrays;
   std::vector<unsigned char> dynamic;
-  ucontext_t scheduler;
+  Place scheduler;
   Thread* now = nullptr;
 };
 
@@ -62,9 +75,17 @@ void arrange(std::vector<T>& items) {
   if (order == Order::random) std::shuffle(items.begin(), items.end(), random_bits);
 }
 
-// -- switching. AddressSanitizer has to be told which stack is in use.
-// --------------------------------------------------
+// -- switching ---------------------------------------------------------------------------------------------
 
+// Stacks are kept from launch to launch: a launch may need 128 MB of them.
+std::vector<std::unique_ptr<char[]>> stacks;
+
+char* stack_of(size_t thread) {
+  while (stacks.size() <= thread) stacks.emplace_back(new char[kStack]);
+  return stacks[thread].get();
+}
+
+// AddressSanitizer has to be told which stack is in use.
 void before_switch([[maybe_unused]] void** fake, [[maybe_unused]] const void* bottom,
                    [[maybe_unused]] size_t size) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -84,12 +105,22 @@ void after_switch([[maybe_unused]] void* fake, [[maybe_unused]] bool from_schedu
 #endif
 }
 
+void leave(Place& here, Place& there, [[maybe_unused]] bool entered) {
+#if defined(__SANITIZE_ADDRESS__)
+  swapcontext(&here.context, &there.context);
+#else
+  if (_setjmp(here.jump)) return;
+  if (entered) _longjmp(there.jump, 1);
+  setcontext(&there.context);
+#endif
+}
+
 void yield(State state) {
   Thread* mine = block->now;
   mine->state = state;
   void* fake = nullptr;
   before_switch(state == State::done ? nullptr : &fake, scheduler_bottom, scheduler_size);
-  swapcontext(&mine->context, &block->scheduler);
+  leave(mine->place, block->scheduler, true);
   after_switch(fake, true);
 }
 
@@ -103,19 +134,25 @@ void resume(Thread& thread) {
   block->now = &thread;
   threadIdx = thread.index;
   void* fake = nullptr;
-  before_switch(&fake, thread.stack.get(), kStack);
-  swapcontext(&block->scheduler, &thread.context);
+  before_switch(&fake, thread.stack, kStack);
+  const bool entered = thread.entered;
+  thread.entered = true;
+  leave(block->scheduler, thread.place, entered);
   after_switch(fake, false);
 }
 
 void start(Thread& thread) {
-  if (!thread.stack) thread.stack = std::make_unique<char[]>(kStack);
-  getcontext(&thread.context);
-  thread.context.uc_stack.ss_sp = thread.stack.get();
-  thread.context.uc_stack.ss_size = kStack;
-  thread.context.uc_link = nullptr;
+  ucontext_t& context = thread.place.context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = thread.stack;
+  context.uc_stack.ss_size = kStack;
+  context.uc_link = nullptr;
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(thread.stack, kStack);  // the last thread on this stack never returned
+#endif
   thread.state = State::runnable;
-  makecontext(&thread.context, enter, 0);
+  thread.entered = false;
+  makecontext(&context, enter, 0);
 }
 
 // -- rendezvous
@@ -230,7 +267,10 @@ void run(const char* kernel, dim3 grid, dim3 extent, size_t dynamic_shared, void
   Block running;
   running.kernel = kernel, running.body = body, running.arguments = arguments;
   running.threads = std::vector<Thread>(threads.size());
-  for (size_t i = 0; i < threads.size(); ++i) running.threads[i].index = threads[i];
+  for (size_t i = 0; i < threads.size(); ++i) {
+    running.threads[i].index = threads[i];
+    running.threads[i].stack = stack_of(i);
+  }
   block = &running;
   blockDim = extent, gridDim = grid;
   std::vector<dim3> blocks = indices(grid);

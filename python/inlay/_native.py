@@ -1,4 +1,4 @@
-"""The compiled engine `inlay._C`, if it was built: loading it, its thread count, its OpenMP runtime.
+"""The compiled engine `inlay._C`, if it was built: loading it, its thread count, its OpenMP runtime, its streams.
 
 torch is imported first on purpose: its wheel brings libgomp, and an extension loaded afterwards shares
 that one runtime. The other order can put two OpenMP runtimes, hence two thread pools, in one process.
@@ -6,10 +6,12 @@ that one runtime. The other order can put two OpenMP runtimes, hence two thread 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -17,10 +19,18 @@ import torch
 _C: ModuleType | None
 missing_reason: str | None = None  # why `_C` is None, in words for an error message
 
+
+def _introduce_torch(engine: ModuleType) -> ModuleType:
+    """Tell the engine, which knows no torch, torch's dtypes and where its streams are."""
+    engine.init_dtypes({getattr(torch, name): name for name in engine.dtype_names()})
+    current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from CPU builds of torch
+    if current_stream is not None:
+        engine.init_streams(current_stream)
+    return engine
+
+
 try:
-    _loaded = importlib.import_module("inlay._C")
-    _loaded.init_dtypes({getattr(torch, name): name for name in _loaded.dtype_names()})
-    _C = _loaded
+    _C = _introduce_torch(importlib.import_module("inlay._C"))
 except ImportError as error:
     _C = None
     missing_reason = f"inlay._C could not be imported ({error}); build it with `pip install .` and a C++17 compiler"
@@ -30,6 +40,33 @@ _threads = 0
 
 def available() -> bool:
     return _C is not None
+
+
+def has_cuda() -> bool:
+    """True if the engine has CUDA kernels; whether there is a GPU is another question."""
+    return _C is not None and bool(_C.build_info()["cuda"])
+
+
+_cuda_tensors_fit = has_cuda()
+
+
+def runs_on(tensor: torch.Tensor) -> bool:
+    """True if the engine has kernels for the device of ``tensor``."""
+    return tensor.is_cpu or (tensor.is_cuda and _cuda_tensors_fit)
+
+
+@contextlib.contextmanager
+def using(engine: ModuleType) -> Iterator[ModuleType]:
+    """Let every op run on another engine, for example the emulated CUDA kernels, inside this context."""
+    global _C, _threads, _cuda_tensors_fit
+    before = _C, _threads
+    _C, _threads = _introduce_torch(engine), 0
+    _cuda_tensors_fit = has_cuda()
+    try:
+        yield engine
+    finally:
+        _C, _threads = before
+        _cuda_tensors_fit = has_cuda()
 
 
 def module() -> ModuleType:

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from inlay._native import available as _native_available
 from inlay._native import module
-from inlay.ops._registry import check_floating, check_same, fail, raw_op, without_autocast
+from inlay.ops._registry import apply, check_floating, check_same, fail, raw_op, without_autocast
 
 
 def _like_projection(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -115,6 +115,6 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
     _check(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.is_cpu and q.numel():
-        return _CausalAttention.apply(q, k, v, scale)
+        return apply(_CausalAttention, q, k, v, scale)
     grouped = q.shape[1] != k.shape[1]
     return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)

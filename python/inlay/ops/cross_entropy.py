@@ -48,7 +48,7 @@ def _chunk_native(logits: Tensor, labels: Tensor, scale: float, write_grad: bool
     _check_chunk(logits, labels)
     if logits.stride(1) != 1:
         return cross_entropy_chunk_.reference(logits, labels, scale, write_grad)
-    loss = torch.empty(labels.shape, dtype=torch.float32)
+    loss = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
     module().cross_entropy_chunk(loss, logits.detach(), labels.contiguous(), scale, write_grad)
     return loss
 

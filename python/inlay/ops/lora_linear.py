@@ -16,10 +16,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from inlay.ops._registry import as_rows, check_device, check_floating, compute_dtype, fail, without_autocast
-from inlay.ops.submatrix import submatrix_grad
+from inlay.ops._registry import apply, as_rows, check_device, check_floating, compute_dtype, fail, without_autocast
+from inlay.ops.submatrix import submatrix_add_, submatrix_grad
 from inlay.ops.submatrix_linear import cast_for_autocast
 from inlay.ops.swiglu import swiglu_backward, swiglu_forward
+
+#: Rows up to which a forward without gradients computes the low-rank branch in fp32.
+FEW = 16
 
 
 def _check(x: Tensor, a: Tensor, b: Tensor) -> None:
@@ -34,8 +37,13 @@ def _check(x: Tensor, a: Tensor, b: Tensor) -> None:
         )
 
 
-def _add_forward(y: Tensor, xl: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """y += s·(xl·Aᵀ)·Bᵀ in y's memory; returns xa [M, r]."""
+def _add_forward(y: Tensor, xl: Tensor, a: Tensor, b: Tensor, scale: float, keep: bool) -> Tensor | None:
+    """y += s·(xl·Aᵀ)·Bᵀ in y's memory; returns xa [M, r] if a backward will want it."""
+    if not keep and xl.numel() <= FEW * xl.shape[-1]:
+        # For a few rows, casting the factors to x's dtype costs more than the products: cast the rows, and round once.
+        acc = as_rows(xl).to(a.dtype).mm(a.t()).mul_(scale).mm(b.t())
+        submatrix_add_(y.view(-1, y.shape[-1]), acc)
+        return None
     xa = as_rows(xl).mm(a.to(xl.dtype).t())
     y.view(-1, y.shape[-1]).addmm_(xa, (b * scale).to(xl.dtype).t())
     return xa
@@ -56,7 +64,7 @@ class _LoRALinear(Function):
     ) -> Tensor:
         y = base.forward(x, *tensors)
         xl = x if dropped is None else dropped
-        xa = _add_forward(y, xl, a, b, scale)
+        xa = _add_forward(y, xl, a, b, scale, any(ctx.needs_input_grad))
         ctx.save_for_backward(xl, xa, a, b, *tensors)
         ctx.scale, ctx.base, ctx.count = scale, base, len(tensors)
         return y
@@ -87,7 +95,7 @@ class _SwiGLULoRALinear(Function):
     ) -> Tensor:
         h = swiglu_forward(gate, up, act)
         y = base.forward(h, *tensors)
-        xa = _add_forward(y, h, a, b, scale)
+        xa = _add_forward(y, h, a, b, scale, any(ctx.needs_input_grad))
         ctx.save_for_backward(gate, up, xa, a, b, *tensors)
         ctx.act, ctx.scale, ctx.base, ctx.count = act, scale, base, len(tensors)
         return y
@@ -118,7 +126,7 @@ def lora_linear(
     x, tensors = cast_for_autocast(x, base, tensors)
     _check(x, a, b)
     dropped = dropped if dropped is None else dropped.to(x.dtype)
-    return _LoRALinear.apply(x, dropped, a, b, scale, base, *tensors)
+    return apply(_LoRALinear, x, dropped, a, b, scale, base, *tensors)
 
 
 def swiglu_lora_linear(
@@ -127,4 +135,4 @@ def swiglu_lora_linear(
     """lora_linear of act(gate)·up [..., in], which is rebuilt in the backward, never kept."""
     gate, tensors = cast_for_autocast(gate, base, tensors)
     _check(gate, a, b)
-    return _SwiGLULoRALinear.apply(gate, up.to(gate.dtype), act, a, b, scale, base, *tensors)
+    return apply(_SwiGLULoRALinear, gate, up.to(gate.dtype), act, a, b, scale, base, *tensors)

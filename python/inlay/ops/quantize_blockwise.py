@@ -52,12 +52,15 @@ _LEVELS: dict[str, tuple[float, ...]] = {
 QUANT_TYPES = tuple(_LEVELS)
 
 
+_CPU = torch.device("cpu")
+
+
 @functools.cache
-def levels(quant_type: str) -> Tensor:
-    """The 16 fp32 levels of "nf4" or "fp4" by code, on the CPU. Do not write to it."""
+def levels(quant_type: str, device: torch.device = _CPU) -> Tensor:
+    """The 16 fp32 levels of "nf4" or "fp4" by code. Do not write to it."""
     if quant_type not in _LEVELS:
         fail("quantize_4bit", "quant_type", f"one of {QUANT_TYPES}", repr(quant_type), "choose one of them")
-    return torch.tensor(_LEVELS[quant_type], dtype=torch.float32)
+    return torch.tensor(_LEVELS[quant_type], dtype=torch.float32).to(device)
 
 
 @functools.cache
@@ -69,7 +72,7 @@ def _bounds(quant_type: str) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def dynamic_map() -> Tensor:
+def dynamic_map(device: torch.device = _CPU) -> Tensor:
     """The signed 8-bit dynamic map: 256 sorted fp32 levels with 0 to 6 exponent bits (arXiv:2110.02861)."""
     values = [0.0, 1.0]
     for exponent in range(7):
@@ -77,7 +80,7 @@ def dynamic_map() -> Tensor:
         means = (edges[:-1] + edges[1:]) / 2.0
         scale = 10 ** (exponent - 6)
         values += (scale * means).tolist() + (-scale * means).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return torch.tensor(sorted(values), dtype=torch.float32).to(device)
 
 
 def check_blocksize(op: str, blocksize: int) -> None:
@@ -110,10 +113,10 @@ def _check_4bit(w: Tensor, quant_type: str, blocksize: int) -> None:
 def _quantize_4bit_native(w: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
     _check_4bit(w, quant_type, blocksize)
     flat = w.detach().reshape(-1)
-    packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8)
-    absmax = torch.empty(_blocks(flat.numel(), blocksize), dtype=torch.float32)
+    packed, absmax = _quantize_4bit_fake(flat, quant_type, blocksize)
     bounds, order = _bounds(quant_type)
-    module().quantize_4bit(packed, absmax, flat, bounds, order.to(torch.uint8), blocksize)
+    tables = bounds.to(w.device), order.to(w.device, torch.uint8)
+    module().quantize_4bit(packed, absmax, flat, *tables, blocksize)
     _check_finite("quantize_4bit", absmax)
     return packed, absmax
 
@@ -184,10 +187,10 @@ def _dequantize_4bit_native(
     row: int,
     column: int,
 ) -> None:
-    table = dynamic_map() if codes is not None else None
+    table = dynamic_map(out.device) if codes is not None else None
     flat = packed.reshape(-1)
     module().dequantize_4bit(
-        out, flat, levels(quant_type), absmax, codes, table, offset, blocksize, columns, row, column
+        out, flat, levels(quant_type, out.device), absmax, codes, table, offset, blocksize, columns, row, column
     )
 
 

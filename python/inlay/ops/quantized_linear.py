@@ -56,12 +56,11 @@ def _native(
     blocksize: int,
     rows: int,
 ) -> Tensor:
-    y = torch.empty(x.shape[0], rows, dtype=x.dtype)
-    table = dynamic_map() if codes is not None else None
+    y = torch.empty(x.shape[0], rows, dtype=x.dtype, device=x.device)
+    table = dynamic_map(x.device) if codes is not None else None
     bias = bias if bias is None else bias.to(x.dtype).contiguous()
-    module().quantized_linear(
-        y, x.contiguous(), packed.reshape(-1), levels(quant_type), absmax, codes, table, offset, bias, blocksize
-    )
+    tables = levels(quant_type, x.device), absmax, codes, table, offset
+    module().quantized_linear(y, x.contiguous(), packed.reshape(-1), *tables, bias, blocksize)
     return y
 
 

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from inlay._native import module
 from inlay.ops._registry import (
+    apply,
     as_rows,
     check_device,
     check_floating,
@@ -44,8 +45,8 @@ def _scale(weight: Tensor | None, offset: float, wide: torch.dtype) -> Tensor | 
 
 def _forward_native(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     _check("rms_norm_forward", x, weight)
-    y = torch.empty(x.shape, dtype=x.dtype)
-    rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     weight = None if weight is None else weight.contiguous()
     module().rms_norm_forward(as_rows(y), rstd.view(-1), as_rows(x), weight, eps, offset)
     return y, rstd
@@ -68,7 +69,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor | None, eps: float, offset: float
 def _backward_native(dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float) -> Tensor:
     _check("rms_norm_backward", x, weight)
     check_same("rms_norm_backward", "dy", dy, "x", x, shape=True)
-    dx = torch.empty(x.shape, dtype=x.dtype)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     weight = None if weight is None else weight.contiguous()
     module().rms_norm_backward(*map(as_rows, (dx, dy, x)), weight, rstd.reshape(-1), offset)
     return dx
@@ -114,4 +115,4 @@ class _RMSNorm(Function):
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
     """x [..., H] -> x·rstd·(offset + weight) in x's dtype; differentiable in x and weight."""
-    return _RMSNorm.apply(x, weight, float(eps), float(offset))
+    return apply(_RMSNorm, x, weight, float(eps), float(offset))

@@ -17,7 +17,16 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from inlay._native import module
-from inlay.ops._registry import check_device, check_floating, check_same, compute_dtype, fail, raw_op, without_autocast
+from inlay.ops._registry import (
+    apply,
+    check_device,
+    check_floating,
+    check_same,
+    compute_dtype,
+    fail,
+    raw_op,
+    without_autocast,
+)
 
 
 def _check(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -97,4 +106,4 @@ class _RoPE(Function):
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate q [B, Hq, T, D] and k [B, Hk, T, D] by cos, sin [B or 1, T, R]; differentiable in q and k."""
-    return _RoPE.apply(q, k, cos, sin)
+    return apply(_RoPE, q, k, cos, sin)

@@ -20,6 +20,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from inlay.ops._registry import (
+    apply,
     as_rows,
     autocast_dtype,
     check_device,
@@ -178,7 +179,7 @@ def submatrix_add_delta(y: Tensor, x: Tensor, values: Tensor, indices: Tensor, s
     _check("submatrix_add_delta", x, values, indices, side)
     check_floating("submatrix_add_delta", "y", y)
     check_device("submatrix_add_delta", "y", y, "x", x)
-    return _AddDelta.apply(y, x, values, indices, side)
+    return apply(_AddDelta, y, x, values, indices, side)
 
 
 def submatrix_linear(
@@ -187,7 +188,7 @@ def submatrix_linear(
     """base(x) + x·ΔWᵀ; differentiable in x and values only."""
     x, base_tensors = cast_for_autocast(x, base, base_tensors)
     _check("submatrix_linear", x, values, indices, side)
-    return _Linear.apply(x, values, indices, side, base, False, *base_tensors)
+    return apply(_Linear, x, values, indices, side, base, False, *base_tensors)
 
 
 def submatrix_linear_in_place(
@@ -197,7 +198,7 @@ def submatrix_linear_in_place(
     _check("submatrix_linear_in_place", x, values, indices, side)
     write_values(values, indices, side, base, base_tensors)
     x, base_tensors = cast_for_autocast(x, base, base_tensors)
-    return _Linear.apply(x, values, indices, side, base, True, *base_tensors)
+    return apply(_Linear, x, values, indices, side, base, True, *base_tensors)
 
 
 def write_values(values: Tensor, indices: Tensor, side: str, base: Any, base_tensors: tuple) -> None:

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from inlay._native import module
 from inlay.ops._registry import (
+    apply,
     as_rows,
     check_floating,
     check_indices,
@@ -76,7 +77,7 @@ def _activation_slope(gate: Tensor, act: str) -> Tensor:
 
 def _forward_native(gate: Tensor, up: Tensor, act: str) -> Tensor:
     _check("swiglu_forward", gate, up, act)
-    out = torch.empty(gate.shape, dtype=gate.dtype)
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     module().swiglu_forward(as_rows(out), as_rows(gate), as_rows(up), ACTIVATIONS.index(act))
     return out
 
@@ -95,9 +96,9 @@ def _backward_native(
     _check("swiglu_backward", gate, up, act)
     check_same("swiglu_backward", "dh", dh, "gate", gate, shape=True)
     if indices is None:
-        indices = torch.empty(0, dtype=torch.int64)
+        indices = torch.empty(0, dtype=torch.int64, device=gate.device)
     check_indices("swiglu_backward", indices, gate)
-    dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype) for _ in range(2))
+    dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
     h_sel = gate.new_empty((*gate.shape[:-1], indices.numel()))
     module().swiglu_backward(
         *map(as_rows, (dgate, dup, h_sel, dh, gate, up)), indices.contiguous(), ACTIVATIONS.index(act)
@@ -200,14 +201,14 @@ class _SwiGLULinear(Function):
 
 def swiglu(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
     """act(gate)·up [..., K]; saves gate and up."""
-    return _SwiGLU.apply(gate, up, act)
+    return apply(_SwiGLU, gate, up, act)
 
 
 def swiglu_linear(gate: Tensor, up: Tensor, act: str, base: Any, *base_tensors: Tensor | None) -> Tensor:
     """base(act(gate)·up), differentiable in gate and up; saves those two only."""
     gate, up, base_tensors = _cast_for_autocast(gate, up, base, base_tensors)
     _check("swiglu_linear", gate, up, act)
-    return _SwiGLULinear.apply(gate, up, None, None, act, base, False, *base_tensors)
+    return apply(_SwiGLULinear, gate, up, None, None, act, base, False, *base_tensors)
 
 
 def swiglu_submatrix_linear(
@@ -229,7 +230,7 @@ def swiglu_submatrix_linear(
     if in_place:
         write_values(values, indices, "in", base, base_tensors)
     gate, up, base_tensors = _cast_for_autocast(gate, up, base, base_tensors)
-    return _SwiGLULinear.apply(gate, up, values, indices, act, base, in_place, *base_tensors)
+    return apply(_SwiGLULinear, gate, up, values, indices, act, base, in_place, *base_tensors)
 
 
 def _cast_for_autocast(gate: Tensor, up: Tensor, base: Any, base_tensors: tuple) -> tuple[Tensor, Tensor, tuple]:

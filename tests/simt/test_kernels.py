@@ -1,0 +1,279 @@
+"""Every CUDA kernel and its CPU twin against the float64 reference: odd sizes, views, every dtype.
+
+One test per kernel, in three places: the CPU kernels, the CUDA kernels under host emulation in three thread orders,
+and the CUDA kernels on a GPU (marked gpu).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from _compare import DTYPES, assert_as_good, assert_bits, padded_rows, sorted_choice
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from inlay.ops import force_path
+from inlay.ops._registry import RAW_OPS
+from inlay.ops.quantize_blockwise import dequantize_4bit, dequantize_4bit_, dequantize_absmax, levels, quantize_absmax
+from inlay.ops.swiglu import ACTIVATIONS
+
+# rows, width: one element, odd, packs of 8 and of 1, several blocks a row, no row
+SIZES = [(1, 1), (3, 7), (5, 203), (4, 256), (2, 2056), (0, 8)]
+
+
+def widened(args):
+    """The same, already rounded, values in float64."""
+    return tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, args)
+
+
+def moved(args, place):
+    return tree_map_only(Tensor, lambda t: t.clone().to(place), args)
+
+
+def outputs(op, args, mutated):
+    """What the op returns, followed by the arguments it writes to."""
+    result = op(*args)
+    returned = result if isinstance(result, tuple) else (result,) if result is not None else ()
+    written = [args[i] for i in mutated]
+    return [*returned, *(t for item in written for t in (item if isinstance(item, list) else [item]))]
+
+
+def check(name, args, place, mutated=(), slack=4.0, atol=1e-30):
+    """One op at one place against its reference in the same dtype and in float64."""
+    op = RAW_OPS[name]
+    ours = outputs(op, moved(args, place), mutated)
+    plain = outputs(op.reference, moved(args, "cpu"), mutated)
+    exact = outputs(op.reference, widened(moved(args, "cpu")), mutated)
+    assert len(ours) == len(exact)
+    for i, (got, same_dtype, wanted) in enumerate(zip(ours, plain, exact, strict=True)):
+        assert got.device.type == place.type and got.dtype == same_dtype.dtype
+        assert_as_good(got.cpu(), same_dtype, wanted, f"{name}, output {i}", slack=slack, atol=atol)
+    return ours
+
+
+def randn(*shape, dtype=torch.float32, spread=1.0):
+    return (torch.randn(*shape) * spread).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, width", SIZES)
+def test_rms_norm(place, dtype, rows, width):
+    x, dy, weight = randn(rows, width, dtype=dtype, spread=3), randn(rows, width, dtype=dtype), randn(width)
+    for scale, offset in ((weight.to(dtype), 1.0), (weight, 0.0), (None, 0.0)):
+        _, rstd = check("rms_norm_forward", (x, scale, 1e-5, offset), place)
+        check("rms_norm_backward", (dy, x, scale, rstd.cpu(), offset), place, slack=8, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("rows, width", SIZES[1:5])
+def test_swiglu(place, dtype, act, rows, width):
+    gate, up, dh = (randn(rows, width, dtype=dtype, spread=3) for _ in range(3))
+    (h,) = check("swiglu_forward", (gate, up, act), place)
+    indices = sorted_choice(width, (width + 2) // 3)
+    _, _, h_sel = check("swiglu_backward", (dh, gate, up, act, indices), place)
+    assert_bits(h_sel.cpu(), h.cpu()[:, indices], "h[..., I]")
+    assert RAW_OPS["swiglu_backward"](*moved((dh, gate, up, act, None), place))[2].shape == (rows, 0)
+
+
+def test_swiglu_extremes(place):
+    gate = torch.tensor([[-1e30, -200.0, -90.0, -0.0, 0.0, 90.0, 200.0, 1e30, float("nan")]])
+    for act in ACTIVATIONS:
+        got = RAW_OPS["swiglu_forward"](gate.to(place), torch.ones_like(gate).to(place), act)
+        wanted = RAW_OPS["swiglu_forward"].reference(gate.double(), torch.ones(1, 9).double(), act).float()
+        torch.testing.assert_close(got.cpu(), wanted, equal_nan=True, rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("width, rotary, batches", [(20, 20, 1), (20, 6, 2), (64, 64, 1), (2, 2, 1), (24, 16, 2)])
+def test_rope(place, dtype, inverse, width, rotary, batches):
+    q, k = (randn(2, 5, heads, width, dtype=dtype).transpose(1, 2) for heads in (6, 2))
+    for angle_dtype in {dtype, torch.float32}:
+        angles = randn(batches, 5, rotary, spread=3)
+        check("rope_rotate", (q, k, angles.cos().to(angle_dtype), angles.sin().to(angle_dtype), inverse), place)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, width, chosen", [(1, 1, 1), (5, 7, 3), (3, 603, 601), (70, 64, 16), (0, 9, 4)])
+def test_submatrix(place, dtype, rows, width, chosen):
+    x, indices, acc = randn(rows, width, dtype=dtype), sorted_choice(width, chosen), randn(rows, width)
+    picked = acc[:, :chosen].contiguous()
+    for view in (x, padded_rows(x)):
+        for out_dtype in {dtype, torch.float32}:
+            (got,) = outputs(RAW_OPS["submatrix_gather"], moved((view, indices, out_dtype), place), ())
+            assert_bits(got.cpu(), x[:, indices].to(out_dtype), "gather")
+        assert_bits(
+            outputs(RAW_OPS["submatrix_add"], (view.to(place), acc.to(place)), ())[0].cpu(),
+            (x.float() + acc).to(dtype),
+            "add",
+        )
+    wanted = x.clone()
+    wanted[:, indices] = (x[:, indices].float() + picked).to(dtype)
+    args = moved((x, indices, picked), place)
+    RAW_OPS["submatrix_scatter_add_"](*args)
+    assert_bits(args[0].cpu(), wanted, "scatter_add_")
+    for dim, values in ((1, picked), (0, randn(min(chosen, rows), width))):
+        for transposed in (False, True):
+            weight = x.t().contiguous().t() if transposed else x.clone()
+            where = indices if dim == 1 else torch.arange(values.shape[0])
+            wanted = weight.clone().index_copy_(dim, where, values.to(dtype))
+            target = weight.to(place)
+            RAW_OPS["submatrix_write_"](target, where.to(place), values.to(place), dim)
+            assert_bits(target.cpu(), wanted, f"write_, dim {dim}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [1, 7, 113, 1024, 5003])
+def test_cross_entropy(place, dtype, vocabulary):
+    logits, labels = randn(3, vocabulary, dtype=dtype, spread=6), torch.randint(0, vocabulary, (3,))
+    check("cross_entropy_chunk_", (logits, labels, 0.3, True), place, mutated=(0,), slack=2)
+    (loss,) = check("cross_entropy_chunk_", (logits, labels, 0.3, False), place, slack=2)
+    untouched = logits.to(place)
+    RAW_OPS["cross_entropy_chunk_"](untouched, labels.to(place), 0.3, False)
+    assert_bits(untouched.cpu(), logits)
+    padded = padded_rows(logits).to(place)
+    assert_bits(RAW_OPS["cross_entropy_chunk_"](padded, labels.to(place), 0.3, False), loss)
+
+
+def test_cross_entropy_extremes(place):
+    logits = randn(4, 3000)
+    logits[0, :2500] = float("-inf")
+    logits[1, 17] = 1e30
+    logits[2, 2999] = float("nan")
+    logits[3, :] = float("-inf")
+    labels = torch.tensor([2800, 17, 5, 0])
+    wanted = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    got = RAW_OPS["cross_entropy_chunk_"](logits.to(place), labels.to(place), 1.0, True)
+    torch.testing.assert_close(got.cpu(), wanted, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shapes", [[(1,), (7, 3), (113,), (0, 5), (4097,)], [(3,)] * 70, []])
+@pytest.mark.parametrize("misaligned", [False, True])
+def test_adamw(place, shapes, misaligned):
+    lists = [[torch.rand(shape) + 0.1 * i for shape in shapes] for i in range(4)]
+    if misaligned:  # four bytes behind a 16-byte boundary
+        lists = [[torch.cat((t.new_zeros(1), t.view(-1)))[1:] for t in tensors] for tensors in lists]
+    scalars = (0.03, 0.8, 0.95, 1e-6, 0.1, 3, 0.5)
+    plain, ours = [t.clone() for t in lists[0]], moved(lists, place)
+    RAW_OPS["adamw_step_"].reference(plain, lists[1], *moved(lists[2:], "cpu"), *scalars)
+    RAW_OPS["adamw_step_"](*ours, *scalars)
+    for p, g, m, v, same_dtype, got in zip(*widened(lists), plain, zip(ours[0], ours[2], ours[3])):
+        g, m, v = 0.5 * g, m + 0.2 * (0.5 * g - m), 0.95 * v + 0.05 * (0.5 * g) ** 2
+        p = p * (1 - 0.003) - 0.03 / (1 - 0.8**3) * m / ((v / (1 - 0.95**3)).sqrt() + 1e-6)
+        assert_as_good(got[0].cpu(), same_dtype, p, "parameter", slack=2)
+        assert_as_good(got[1].cpu(), m.float(), m, "exp_avg", slack=2)
+        assert_as_good(got[2].cpu(), v.float(), v, "exp_avg_sq", slack=2)
+
+
+# --- four bits -------------------------------------------------------------------------------------------------------
+
+
+def weight(rows, columns, dtype=torch.float32):
+    """Random weights with a block of zeros, denormals, one large value and exact ties."""
+    w = torch.randn(rows, columns)
+    flat = w.view(-1)
+    flat[32:64] = 0
+    if flat.numel() > 200:
+        flat[128:160] = torch.randn(32) * 1e-40
+        flat[170] = 300.0
+        flat[180:185] = torch.tensor([1.0, -1.0, 0.5, -0.0, 0.25])
+    return w.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("blocksize", [32, 64, 256, 4096])
+@pytest.mark.parametrize("rows, columns", [(4, 64), (3, 100), (1, 1), (1, 129), (3, 4097), (0, 8)])
+def test_quantize_4bit(place, dtype, quant_type, blocksize, rows, columns):
+    w = weight(rows, columns, dtype)
+    wanted = RAW_OPS["quantize_4bit"].reference(w, quant_type, blocksize)
+    for got, want in zip(RAW_OPS["quantize_4bit"](w.to(place), quant_type, blocksize), wanted, strict=True):
+        assert_bits(got.cpu(), want)
+
+
+def test_quantize_refuses_infinity(place):
+    for value in (float("nan"), float("inf"), -float("inf")):
+        w = torch.randn(3, 70)
+        w[2, 69] = value
+        with pytest.raises(ValueError, match="w: wanted finite values"):
+            RAW_OPS["quantize_4bit"](w.to(place), "nf4", 64)
+
+
+def packed_weight(out, width, blocksize, quant_type="nf4", nested=False):
+    """Storage of a random weight and the scales it stands for."""
+    packed, absmax = RAW_OPS["quantize_4bit"].reference(weight(out, width) / width**0.5, quant_type, blocksize)
+    if not nested:
+        return (packed, absmax, None, None), absmax
+    codes, absmax, offset = quantize_absmax(absmax)
+    return (packed, absmax, codes, offset), dequantize_absmax(codes, absmax, offset)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, columns, blocksize", [(9, 130, 32), (6, 256, 64), (5, 77, 128), (3, 9000, 64)])
+def test_dequantize_4bit(place, nested, dtype, rows, columns, blocksize):
+    """Whole weights and rectangles at odd starts; what lies around the output stays as it was."""
+    quant_type = "fp4" if rows % 2 else "nf4"
+    storage, _ = packed_weight(rows, columns, blocksize, quant_type, nested)
+    for row, column, height, width in ((0, 0, rows, columns), (1, 3, rows - 1, 41), (rows - 1, 8, 1, 64), (0, 5, 0, 7)):
+        big = torch.full((rows + 2, columns + 16), 77.0, dtype=dtype)
+        args = (*storage, quant_type, blocksize, columns, row, column)
+        wanted = big.clone()
+        dequantize_4bit_.reference(wanted[1 : 1 + height, 8 : 8 + width], *args)
+        got = big.to(place)
+        dequantize_4bit_(got[1 : 1 + height, 8 : 8 + width], *moved(args, place))
+        assert_bits(got.cpu(), wanted, f"rectangle at {row}, {column}")
+
+
+# What the tensor cores multiply are levels rounded to 16 bits: 1.3e-3 in bf16 on top of the output's 1.66e-3.
+GATES = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float32: 1e-6}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "out, width, blocksize",
+    [
+        (48, 256, 64),
+        (33, 1152, 128),
+        (19, 100, 64),
+        (13, 77, 32),
+        (1, 64, 32),
+        (64, 1, 64),
+        (21, 192, 64),
+        (16, 64, 4096),
+    ],
+)
+def test_quantized_linear(place, dtype, out, width, blocksize):
+    nested, quant_type = width % 2 == 0, "fp4" if out % 2 else "nf4"
+    storage, scales = packed_weight(out, width, blocksize, quant_type, nested)
+    nibbles = torch.stack((storage[0] >> 4, storage[0] & 15), dim=1).view(-1)[: out * width].long()
+    exact = levels(quant_type).double()[nibbles] * scales.double().repeat_interleave(blocksize)[: out * width]
+    bias = randn(out, dtype=dtype) if out % 3 == 0 else None
+    for rows in (0, 1, 2, 7, 8, 9, 16, 17, 63, 64, 65):
+        x = randn(rows, width, dtype=dtype)
+        args = (x, *storage, bias, quant_type, blocksize, out)
+        y = RAW_OPS["quantized_linear_small"](*moved(args, place)).cpu()
+        wanted = torch.nn.functional.linear(x.double(), exact.view(out, width), None if bias is None else bias.double())
+        assert y.dtype == dtype and y.shape == (rows, out)
+        if rows:
+            gate = GATES[dtype] * (1 if y.numel() >= 1000 else 2)  # a few numbers may all round the same way
+            error = float((y.double() - wanted).norm() / wanted.norm())
+            assert error <= gate, f"{rows} rows: relative error {error:.2e}, allowed {gate:.1e}"
+
+
+def test_quantized_linear_is_reproducible(place):
+    storage, _ = packed_weight(80, 1280, 64)
+    args = moved((randn(5, 1280, dtype=torch.bfloat16), *storage, None, "nf4", 64, 80), place)
+    first = RAW_OPS["quantized_linear_small"](*args)
+    assert_bits(RAW_OPS["quantized_linear_small"](*args).cpu(), first.cpu())
+
+
+def test_round_trip_at_one_place(place):
+    """Quantized and dequantized at the same place: within half the widest gap between levels."""
+    w = weight(5, 640, torch.bfloat16)
+    packed, absmax = RAW_OPS["quantize_4bit"](w.to(place), "nf4", 64)
+    with force_path(None):
+        dense = dequantize_4bit(packed, absmax, "nf4", 64, 5, 640, torch.float32).cpu()
+    spread = absmax.cpu().repeat_interleave(64).view(5, 640)
+    assert bool(((dense - w.float()).abs() <= 0.152 * spread + 1e-38).all())
