@@ -7,40 +7,71 @@ namespace INLAY_ISA_NS {
 namespace {
 
 constexpr float kSmallest = 1e-38f;  // bitsandbytes' stand-in for the absmax of a block of zeros
-constexpr int64_t kLargestBlock = 4096;
 
-// How many of the 15 sorted bounds lie below x, by bisection: four lookups for kWidth elements.
-struct Bisection {
-  float padded[16];
-  explicit Bisection(const float* bounds) {
-    for (int i = 0; i < 15; ++i) padded[i] = bounds[i];
-    padded[15] = 0;  // never looked at
+// Codes of 16 elements at a time: how many of the 15 sorted bounds lie below each, by bisection (four lookups
+// for a Vec), then the code of that many, two codes to a byte.
+struct Coder {
+  float bounds[16];
+  const uint8_t* order;
+  Coder(const float* sorted, const uint8_t* order_) : order(order_) {
+    for (int i = 0; i < 15; ++i) bounds[i] = sorted[i];
+    bounds[15] = 0;  // never looked at
   }
+
 #if defined(INLAY_VEC_avx512)
-  void codes(const float* x, uint8_t* out) const {
-    const __m512 values = _mm512_loadu_ps(x), table = _mm512_loadu_ps(padded);
-    __m512i below = _mm512_setzero_si512();
+  static __m128i below(const Levels& table, const float* x) {
+    const __m512 values = _mm512_loadu_ps(x);
+    __m512i count = _mm512_setzero_si512();
     for (int step = 8; step > 0; step /= 2) {
-      const __m512i middle = _mm512_add_epi32(below, _mm512_set1_epi32(step - 1));
-      const __mmask16 above = _mm512_cmp_ps_mask(values, _mm512_permutexvar_ps(middle, table), _CMP_GT_OQ);
-      below = _mm512_mask_add_epi32(below, above, below, _mm512_set1_epi32(step));
+      const __m512i middle = _mm512_add_epi32(count, _mm512_set1_epi32(step - 1));
+      const __mmask16 above =
+          _mm512_cmp_ps_mask(values, _mm512_permutexvar_ps(middle, table.table), _CMP_GT_OQ);
+      count = _mm512_mask_add_epi32(count, above, count, _mm512_set1_epi32(step));
     }
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(below));
+    return _mm512_cvtepi32_epi8(count);
   }
-  static constexpr int kStep = 16;
-#else
-  void codes(const float* x, uint8_t* out) const {
-    int below = 0;
-    for (int step = 8; step > 0; step /= 2) below += *x > padded[below + step - 1] ? step : 0;
-    *out = uint8_t(below);
+#elif defined(INLAY_VEC_avx2)
+  static __m256i below_half(const Levels& table, const float* x) {
+    const __m256 values = _mm256_loadu_ps(x);
+    __m256i count = _mm256_setzero_si256();
+    for (int step = 8; step > 0; step /= 2) {
+      const Vec middle = table.at(_mm256_add_epi32(count, _mm256_set1_epi32(step - 1)));
+      const __m256i above = _mm256_castps_si256(_mm256_cmp_ps(values, middle.v, _CMP_GT_OQ));
+      count = _mm256_add_epi32(count, _mm256_and_si256(above, _mm256_set1_epi32(step)));
+    }
+    return count;
   }
-  static constexpr int kStep = 1;
+  static __m128i below(const Levels& table, const float* x) {
+    const __m256i lanes = _mm256_packs_epi32(below_half(table, x), below_half(table, x + 8));
+    const __m256i words = _mm256_permute4x64_epi64(lanes, 0xd8);  // packing works within 128-bit lanes
+    return _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  }
 #endif
+
+  // out[i] = code(x[2i]) << 4 | code(x[2i + 1]) for the 16 elements of x.
+  void pack(const float* x, uint8_t* out) const {
+#if defined(INLAY_VEC_avx512) || defined(INLAY_VEC_avx2)
+    const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(order));
+    const __m128i codes = _mm_shuffle_epi8(table, below(Levels(bounds), x));
+    const __m128i pairs =
+        _mm_maddubs_epi16(codes, _mm_set1_epi16(0x0110));  // 16 times the even one, plus the odd
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packus_epi16(pairs, pairs));
+#else
+    for (int i = 0; i < 8; ++i) out[i] = uint8_t(code(x[2 * i]) << 4 | code(x[2 * i + 1]));
+#endif
+  }
+
+ private:
+  int code(float x) const {
+    int count = 0;
+    for (int step = 8; step > 0; step /= 2) count += x > bounds[count + step - 1] ? step : 0;
+    return order[count];
+  }
 };
 
 template <class T>
-void quantize_block(const T* w, int64_t size, int64_t blocksize, const Bisection& bisection,
-                    const uint8_t* order, uint8_t* packed, float* absmax) {
+void quantize_block(const T* w, int64_t size, int64_t blocksize, const Coder& coder, uint8_t* packed,
+                    float* absmax) {
   Vec largest(0.0f), poison(0.0f);  // max drops a NaN; infinity and NaN times 0 are NaN, and stay it
   for_vecs(size, [&](int64_t i, int n) {
     const Vec x = load_n(w + i, n);
@@ -51,18 +82,25 @@ void quantize_block(const T* w, int64_t size, int64_t blocksize, const Bisection
   const bool full = size == blocksize;
   *absmax = (full ? raw : divisor) + sum(poison);
   // A full block multiplies by the reciprocal, a tail block divides: bitsandbytes' rounding in each case.
-  float scaled[kLargestBlock + 16];
-  uint8_t codes[kLargestBlock + 16];
   const Vec reciprocal(1.0f / divisor);
-  for_vecs(size, [&](int64_t i, int n) {
-    const Vec x = load_n(w + i, n);
-    const Vec unit = full ? x * reciprocal : x / Vec(divisor);
-    store(scaled + i, max(min(unit, Vec(1.0f)), Vec(-1.0f)));  // lanes beyond n are 0 and never packed
-  });
-  if (size % 2) scaled[size] = 0;
-  for (int64_t i = 0; i < size + size % 2; i += Bisection::kStep) bisection.codes(scaled + i, codes + i);
-  for (int64_t i = 0; i < (size + 1) / 2; ++i)
-    packed[i] = uint8_t(order[codes[2 * i]] << 4 | order[codes[2 * i + 1]]);
+  const auto scale = [&](const T* from, int n, float* unit) {
+    for_vecs(n, [&](int64_t i, int lanes) {
+      const Vec x = load_n(from + i, lanes), scaled = full ? x * reciprocal : x / Vec(divisor);
+      store(unit + i, max(min(scaled, Vec(1.0f)), Vec(-1.0f)));
+    });
+  };
+  int64_t i = 0;
+  for (; i + 16 <= size; i += 16) {
+    float unit[16];
+    scale(w + i, 16, unit);
+    coder.pack(unit, packed + i / 2);
+  }
+  if (i == size) return;
+  float unit[32] = {};  // zeros behind the end: an odd element is packed with the code of 0
+  uint8_t bytes[8];
+  scale(w + i, int(size - i), unit);
+  coder.pack(unit, bytes);
+  memcpy(packed + i / 2, bytes, size_t(size - i + 1) / 2);
 }
 
 // The 16 products level·scale of a block, rounded to T: every element of the block is one of them.
@@ -88,18 +126,11 @@ struct Products {
   static int64_t wide(const f16* table, const uint8_t* p, int64_t n, f16* out) {
     return words(table, p, n, out);
   }
-  // 16 bytes to 32 words: the even element is looked up in the low half of each lane, the odd one in the high
-  // half.
   static int64_t words(const void* table, const uint8_t* p, int64_t n, void* out) {
-    const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(table)));
-    const __m512i odd = _mm512_slli_epi32(even, 16);
+    const Words products(_mm256_loadu_si256(static_cast<const __m256i*>(table)));
     int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-      const __m512i codes = Levels::bytes(p + i);
-      const __m512i low = _mm512_permutexvar_epi32(_mm512_srli_epi32(codes, 4), even);
-      const __m512i high = _mm512_permutexvar_epi32(codes, odd);
-      _mm512_storeu_si512(static_cast<uint16_t*>(out) + 2 * i, _mm512_or_si512(low, high));
-    }
+    for (; i + 16 <= n; i += 16)
+      _mm512_storeu_si512(static_cast<uint16_t*>(out) + 2 * i, products.expand(p + i));
     return i;
   }
   static int64_t wide(const float* table, const uint8_t* p, int64_t n, float* out) {
@@ -174,14 +205,13 @@ void dequantize_run(const uint8_t* packed, const float* levels, const Scales& sc
 void quantize_4bit(const TensorView& packed, const TensorView& absmax, const TensorView& w,
                    const TensorView& bounds, const TensorView& order, int64_t blocksize) {
   const int64_t size = w.shape[0], blocks = (size + blocksize - 1) / blocksize;
-  const Bisection bisection(data<const float>(bounds));
-  const uint8_t* codes = data<const uint8_t>(order);
+  const Coder coder(data<const float>(bounds), data<const uint8_t>(order));
   with_float(w.dtype, [&](auto element) {
     using T = decltype(element);
     parallel_for(blocks, 4 * blocksize, [&](int64_t b) {
       const int64_t begin = b * blocksize, rest = size - begin;
-      quantize_block(data<const T>(w) + begin, rest < blocksize ? rest : blocksize, blocksize, bisection,
-                     codes, data<uint8_t>(packed) + begin / 2, data<float>(absmax) + b);
+      quantize_block(data<const T>(w) + begin, rest < blocksize ? rest : blocksize, blocksize, coder,
+                     data<uint8_t>(packed) + begin / 2, data<float>(absmax) + b);
     });
   });
 }
