@@ -111,8 +111,9 @@ def assert_equals_masked(
     for path, delta in deltas_of(tuned).items():
         full = trained_entries(tuned, path, masked.gradients[path])
         assert bool(full.any()), f"{path}: the oracle has no gradient, which would prove nothing"
-        size = float(full.abs().max())
-        assert_close(delta.s2ft_values.grad, full, atol=tolerance * size, what=f"gradient of {path}")
+        # Against float64, either side's error in fp32 is up to 7e-6 of the largest (T5, whose attention is not scaled).
+        allowed = 3 * tolerance * float(full.abs().max())
+        assert_close(delta.s2ft_values.grad, full, atol=allowed, what=f"gradient of {path}")
 
     wanted += [masked.step([batch]) for batch in batches[1:]]
     ours += train(tuned, optimizer, batches[1:])
