@@ -96,11 +96,15 @@ def test_views_and_leading_dimensions(path, dtype, make_view, rows):
 
 @pytest.mark.parametrize("rows", [1, 5, SMALL_ROWS])
 def test_decoding_needs_no_rounded_weights(path, rows):
-    """Below SMALL_ROWS weights stay fp32: only the output is rounded, an error of 1.66e-3 in expectation."""
+    """Decoded in registers, weights stay fp32: only the output is rounded, an error of 1.66e-3 in expectation.
+
+    AMX multiplies bf16 only; it is held to the gate of all other products.
+    """
     storage, _, exact = case(1024, 512, 64, nested=True)
     x = torch.randn(rows, 512).bfloat16()
+    gate = GATES[torch.bfloat16] if path == "amx" else 1.9e-3
     y = forward(x, storage, None, "nf4", 64, 1024)
-    assert float((y.double() - x.double() @ exact.t()).norm() / (x.double() @ exact.t()).norm()) < 1.9e-3
+    assert float((y.double() - x.double() @ exact.t()).norm() / (x.double() @ exact.t()).norm()) < gate
 
 
 def test_several_panels(path, monkeypatch):
