@@ -40,12 +40,6 @@ inline void copy_rows(uint16_t* out, const Bits& rows, int64_t first, int64_t co
   for (int64_t r = 0; r < count; ++r) memcpy(out + r * width, rows[first + r], size_t(width) * 2);
 }
 
-// out [width/2, ld] of pairs along d: the right operand of a product over d, one column per row of `rows`
-inline void pair_channels(uint32_t* out, int64_t ld, const uint16_t* rows, int64_t count, int64_t width) {
-  for (int64_t r = 0; r < count; ++r)
-    for (int64_t d = 0; d < width / 2; ++d) memcpy(out + d * ld + r, rows + r * width + 2 * d, 4);
-}
-
 struct Head {
   int64_t tokens, padded, width;  // padded: tokens rounded up to whole squares
   float scale;

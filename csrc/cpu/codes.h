@@ -42,6 +42,20 @@ struct Levels {
 #endif
 };
 
+#if defined(INLAY_VEC_avx512)
+// The 16 values a block's codes stand for, as 16-bit words: 16 packed bytes expand to 32 of them, in order.
+// The even element is looked up in the low half of each lane, the odd one in the high half.
+struct Words {
+  __m512i even, odd;
+  explicit Words(__m256i values) : even(_mm512_cvtepu16_epi32(values)), odd(_mm512_slli_epi32(even, 16)) {}
+  __m512i expand(const uint8_t* p) const {
+    const __m512i codes = Levels::bytes(p);
+    const __m512i low = _mm512_permutexvar_epi32(_mm512_srli_epi32(codes, 4), even);
+    return _mm512_or_si512(low, _mm512_permutexvar_epi32(codes, odd));
+  }
+};
+#endif
+
 // absmax of each block: fp32 as stored, or double-quantized, map[codes[b]]·absmax2[b / 256] + offset with two
 // roundings (a fused multiply-add would differ from bitsandbytes by an ulp).
 struct Scales {

@@ -1,6 +1,7 @@
 // y = x·Wᵀ + b for a few rows x, straight from four-bit storage: each weight is decoded in registers and used
 // at once.
 #include "cpu/codes.h"
+#include "cpu/tiles.h"
 
 namespace inlay {
 namespace INLAY_ISA_NS {
@@ -107,6 +108,74 @@ void tiles(const Weight& w, const Split& x, const Output<T>& out) {
   });
 }
 
+#if defined(INLAY_VEC_amx)
+
+// Up to 16 rows of x at once on tiles: weights expand to bf16(level·absmax), the weights that training
+// multiplies by, 32 rows by one block at a time, and are consumed from L1. x lies ready as pairs of channels,
+// one column per row of x.
+struct Pairs {
+  char* block;
+  uint32_t* values;
+  explicit Pairs(const TensorView& x) : block(new char[size_t(x.shape[1]) * 32 + 64]) {
+    values = reinterpret_cast<uint32_t*>(block + (64 - reinterpret_cast<uintptr_t>(block) % 64) % 64);
+    memset(values, 0, size_t(x.shape[1]) * 32);  // columns beyond the last row of x stay 0
+    for (int64_t m = 0; m < x.shape[0]; ++m)
+      pair_channels(values + m, 16, row<const uint16_t>(x, m), 1, x.shape[1]);
+  }
+  ~Pairs() { delete[] block; }
+  Pairs(const Pairs&) = delete;
+  Pairs& operator=(const Pairs&) = delete;
+};
+
+void amx_rows(const Weight& w, const float* table, const Pairs& x, int64_t n, int64_t rows, float* sums) {
+  constexpr int kSteps = 4;  // 32-channel steps expanded ahead: 32 rows of them are 8 KiB
+  alignas(64) uint16_t weights[kSteps][32][32];
+  const Vec levels = load(table);
+  const int64_t steps = w.columns / 32, per_block = w.blocksize / 32;
+  _tile_zero(0);
+  _tile_zero(1);
+  for (int64_t first = 0; first < steps; first += kSteps) {
+    const int64_t count = steps - first < kSteps ? steps - first : kSteps;
+    for (int64_t r = 0; r < rows; ++r) {
+      const uint8_t* p = w.packed + (n + r) * (w.columns / 2) + first * 16;
+      for (int64_t s = 0; s < count;) {
+        const int64_t block = (first + s) / per_block, stop = (block + 1) * per_block - first;
+        const Vec scale(w.scales.at((n + r) * (w.columns / w.blocksize) + block));
+        const Words products(narrow(levels * scale, bf16{}));
+        for (; s < count && s < stop; ++s) _mm512_store_si512(weights[s][r], products.expand(p + 16 * s));
+      }
+    }
+    for (int64_t s = 0; s < count; ++s) {
+      _tile_loadd(2, x.values + (first + s) * 16 * 16, 64);
+      _tile_loadd(3, weights[s][0], 64);
+      _tile_loadd(4, weights[s][16], 64);
+      _tile_dpbf16ps(0, 3, 2);
+      _tile_dpbf16ps(1, 4, 2);
+    }
+  }
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + 16 * 16, 64);
+}
+
+void amx(const Weight& w, const float* table, const TensorView& x, const Output<bf16>& out) {
+  const Pairs pairs(x);
+  const int64_t tokens = x.shape[0], rows = out.y.shape[1];
+  parallel_for((rows + 31) / 32, 32 * w.columns, [&](int64_t tile) {
+    const Tiles configured;
+    alignas(64) float sums[32 * 16];
+    const int64_t n = tile * 32, height = rows - n < 32 ? rows - n : 32;
+    amx_rows(w, table, pairs, n, height, sums);
+    for (int64_t r = 0; r < height; ++r)
+      for (int64_t m = 0; m < tokens; ++m) out.put(m, n + r, sums[r * 16 + m]);
+  });
+}
+
+bool tiles_fit(const Weight& w, const TensorView& x) {
+  return x.dtype == DType::bf16 && x.shape[0] > kTokens && x.shape[0] <= 16 && w.columns % w.blocksize == 0;
+}
+
+#endif
+
 // Any shape: odd columns, blocks that straddle rows. One element at a time.
 template <class T>
 void any_shape(const Weight& w, const float* levels, const TensorView& x, const Output<T>& out) {
@@ -137,6 +206,11 @@ void quantized_linear(const TensorView& y, const TensorView& x, const TensorView
   with_float(x.dtype, [&](auto element) {
     using T = decltype(element);
     const Output<T> out{y, data<const T>(bias)};
+#if defined(INLAY_VEC_amx)
+    if constexpr (sizeof(T) == 2) {
+      if (tiles_fit(w, x)) return amx(w, table, x, {y, data<const bf16>(bias)});
+    }
+#endif
     if (columns % blocksize == 0 && blocksize % (2 * Vec::kWidth) == 0) return tiles(w, Split(x), out);
     any_shape(w, table, x, out);
   });

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops._registry import autocast_dtype, without_autocast
+from ..ops._registry import apply, autocast_dtype, without_autocast
 from ..ops.base_products import DenseBase, DenseBaseT
 
 
@@ -44,7 +44,7 @@ def base_linear(x: Tensor, base: Any, *tensors: Tensor | None) -> Tensor:
         weight, bias = tensors
         assert weight is not None
         return nn.functional.linear(x, weight.t(), bias)
-    return _BaseLinear.apply(x.to(autocast_dtype(x)), base, *tensors)
+    return apply(_BaseLinear, x.to(autocast_dtype(x)), base, *tensors)
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -71,6 +71,17 @@ def in_plain_torch(args: Sequence[Any]) -> bool:
     return True
 
 
+def _all_native(args: Sequence[Any]) -> bool:
+    """True where a native kernel knows every tensor's device and dtype."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if arg.dtype not in _NATIVE_DTYPES or not _native.runs_on(arg):
+                return False
+        elif isinstance(arg, (list, tuple)) and not _all_native(arg):
+            return False
+    return True
+
+
 class _NoContext:
     """What a Function's forward sees where no gradient can be asked for: it keeps nothing."""
 
@@ -113,7 +124,7 @@ class RawOp:
     def _goes_native(self, args: Sequence[Any]) -> bool:
         if _forced == "reference":
             return False
-        fits = all(_native.runs_on(t) and t.dtype in _NATIVE_DTYPES for t in _tensors(args))
+        fits = _all_native(args)
         if _forced == "native":
             _native.module()  # raises, saying what is missing
             if not fits:

@@ -24,8 +24,13 @@ from inlay.ops.quantize_blockwise import check_packed, dequantize_4bit_, dynamic
 #: AMX at 4096 x 4096 by benchmarks/ops/bench_quantized_linear.py.
 SMALL_ROWS = 16
 
-#: Bytes of one dequantized panel: it has to stay in a core's L2 (1 to 2 MiB) shared by two or more cores.
-PANEL_BYTES = 4 << 20
+#: The same on a GPU, with and without tensor cores (cuda/quantized_linear.cu). From counted bytes, not yet measured.
+CUDA_SMALL_ROWS = 64
+CUDA_SMALL_ROWS_PLAIN = 4
+
+#: Bytes of one dequantized panel. At 4096 x 4096 and 64 to 512 rows, 8 MiB was best of 1 to 33 (the whole weight): up
+#: to 1.9x faster than 1 MiB, since each panel is a product of its own, and no slower than no panels at all.
+PANEL_BYTES = 8 << 20
 
 _workspaces = threading.local()
 
@@ -38,11 +43,25 @@ def workspace(numel: int, like: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or not in_plain_torch((like,)):
         return like.new_empty(numel)
     held: dict = _workspaces.__dict__.setdefault("held", {})
-    key = like.dtype, like.device
+    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0  # streams must not share it
+    key = like.dtype, like.device, stream
     if key not in held or held[key].numel() < numel:
         with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode
             held[key] = torch.empty(max(numel, 1), dtype=like.dtype, device=like.device)
     return held[key][:numel]
+
+
+def _small_rows(x: Tensor, blocksize: int) -> int:
+    """Rows of x up to which the decoding kernel is used."""
+    if not x.is_cuda:
+        return SMALL_ROWS
+    on_tensor_cores = x.dtype != torch.float32 and x.shape[-1] % 64 == 0 and blocksize % 64 == 0
+    return CUDA_SMALL_ROWS if on_tensor_cores else CUDA_SMALL_ROWS_PLAIN
+
+
+def _panel_elements(like: Tensor) -> int:
+    """Elements of one panel. On a GPU the whole weight, until a measurement says that smaller ones stay in L2."""
+    return 1 << 62 if like.is_cuda else PANEL_BYTES // like.element_size()
 
 
 def _native(
@@ -120,10 +139,10 @@ def quantized_linear(
     columns = x.shape[-1]
     check_packed("quantized_linear", packed, absmax, codes, offset, blocksize, rows, columns)
     flat = as_rows(x.detach())  # autograd must not keep panels, which are overwritten
-    if flat.shape[0] <= SMALL_ROWS:
+    if flat.shape[0] <= _small_rows(flat, blocksize):
         y = quantized_linear_small(flat, packed, absmax, codes, offset, bias, quant_type, blocksize, rows)
         return y.view(*x.shape[:-1], rows)
-    height = max(1, PANEL_BYTES // (columns * x.element_size()))
+    height = max(1, _panel_elements(flat) // max(columns, 1))
     panels = []
     for row in range(0, rows, height):
         count = min(height, rows - row)
@@ -151,7 +170,7 @@ def quantized_linear_backward_input(
     rows = dy.shape[-1]
     check_packed("quantized_linear_backward_input", packed, absmax, codes, offset, blocksize, rows, columns)
     flat = as_rows(dy.detach())
-    width = max(1, PANEL_BYTES // (rows * dy.element_size()))
+    width = max(1, _panel_elements(flat) // max(rows, 1))
     panels = []
     for column in range(0, columns, width):
         count = min(width, columns - column)
