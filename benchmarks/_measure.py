@@ -104,5 +104,6 @@ def _lines(path: str) -> list[str]:
 
 def _git(where: Path, *args: str) -> str:
     with suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(["git", "-C", str(where), *args], check=True, capture_output=True, text=True).stdout.strip()
+        run = subprocess.run(["git", "-C", str(where), *args], check=True, capture_output=True, text=True)
+        return run.stdout.strip()
     return ""

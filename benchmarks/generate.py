@@ -45,7 +45,8 @@ def decode(model: nn.Module, batch: int, tokens: int, device: str) -> Callable[[
     torch.manual_seed(batch)
     prompt = torch.randint(0, model.config.vocab_size, (batch, PROMPT), device=device)
     inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
-    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+    length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+    options = {**length, "do_sample": False, "use_cache": True, "pad_token_id": 0}
 
     def run() -> float:
         start = time.perf_counter()

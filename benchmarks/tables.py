@@ -54,7 +54,8 @@ def step_table(name: str, peer: str) -> str:
     rows = {row["method"]: row for row in result["rows"]}
     other = rows[peer]
     lines = [
-        "| SmolLM2-135M, 4 x 256 tokens, bf16 | tokens/s | peak memory above the model | kept for backward, per token and layer |",
+        "| SmolLM2-135M, 4 x 256 tokens, bf16 | tokens/s | peak memory above the model "
+        "| kept for backward, per token and layer |",
         "|---|---|---|---|",
     ]
     for method, row in rows.items():

@@ -28,7 +28,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="smollm2, llama-1b, llama-8b, or a model directory")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--methods", default=DEFAULT_METHODS, help="comma-separated; the second is what ratios refer to")
+    parser.add_argument("--methods", default=DEFAULT_METHODS, help="comma-separated; ratios refer to the second")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=256)
     parser.add_argument("--steps", type=int, default=9, help="timed steps per method")
@@ -240,7 +240,8 @@ def main() -> None:
     print(table(rows, floors, args.batch * args.seq))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"setting": setting, "machine": machine, "rows": rows, "floor": floors}, indent=2))
+        result = {"setting": setting, "machine": machine, "rows": rows, "floor": floors}
+        args.json.write_text(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

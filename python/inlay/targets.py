@@ -33,7 +33,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def role_of(name: str) -> str | None:
-    """"o_proj" or "down_proj" if the module plays that role in its family, else None."""
+    """Either "o_proj" or "down_proj" if the module plays that role in its family, else None."""
     for role, pattern in ROLE_PATTERNS.items():
         if re.fullmatch(pattern, name):
             return role

@@ -46,6 +46,33 @@ def loftq(weight: Tensor, module: QuantizedLinear, delta: LowRankDelta, iteratio
 
 def best_low_rank(residual: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """``(A [r, in], B [out, r])`` with ``B·A`` the best rank-r approximation; singular values split evenly."""
-    u, s, vt = torch.linalg.svd(residual, full_matrices=False)
-    root = s[:rank].sqrt()
-    return root[:, None] * vt[:rank], u[:, :rank] * root
+    out_features, in_features = residual.shape
+    if out_features > in_features:
+        b, a = best_low_rank(residual.t(), rank)
+        return a.t(), b.t()
+    small = out_features <= _EXACT_UP_TO
+    basis = _top_eigenvectors(residual, rank) if small else _subspace_iteration(residual, rank)
+    projected = basis.t() @ residual  # [r, in], rows orthogonal and as long as the singular values
+    root = torch.linalg.vector_norm(projected, dim=1).clamp_min(1e-30).sqrt()
+    return projected / root[:, None], basis * root
+
+
+#: Smaller side up to which the singular vectors are exact. At [576, 1536] eigenvectors take 0.03 s and a full SVD
+#: 0.14 s; at [2048, 2048] 0.9 s, 2.3 s, and 0.12 s for the iteration, whose residual is 1e-4 larger.
+_EXACT_UP_TO = 1024
+_OVERSAMPLING, _ITERATIONS = 16, 16
+
+
+def _top_eigenvectors(residual: Tensor, rank: int) -> Tensor:
+    """The left singular vectors ``[out, r]`` of the largest singular values, from ``R·Rᵀ [out, out]``."""
+    return torch.linalg.eigh(residual @ residual.t()).eigenvectors[:, -rank:].flip(1)
+
+
+def _subspace_iteration(residual: Tensor, rank: int) -> Tensor:
+    """The same, nearly, by orthogonal iteration from a fixed start (Halko et al., 2011, arXiv:0909.4061)."""
+    start = torch.randn(residual.shape[0], rank + _OVERSAMPLING, generator=torch.Generator().manual_seed(0))
+    basis = start.to(residual.device)
+    for _ in range(_ITERATIONS):
+        basis = torch.linalg.qr(residual @ torch.linalg.qr(residual.t() @ basis).Q).Q
+    within = torch.linalg.eigh((projected := basis.t() @ residual) @ projected.t()).eigenvectors[:, -rank:].flip(1)
+    return basis @ within

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..bases.linear import out_in_view
 from ..deltas import Delta, ExactSubmatrixDelta, InPlaceSubmatrixDelta, SubmatrixDelta
+from ..deltas.submatrix import Side
 from ..select import activation_scores, expand_groups, gradient_scores, pick_groups, random_groups, weight_scores
 from ..targets import INPUT_SIDE_ROLES, resolve, role_of, suffix_match
 from .base import Calibration, Method, check_one_of
@@ -61,14 +62,14 @@ class S2FT(Method):
         check_one_of("keep", self.keep, ("additive", "exact"))
         if self.keep == "exact" and self.update == "in_place":
             raise ValueError('wanted update="in_place" (dense bases) or keep="exact" (quantized bases), got both')
-        for value in self.side.values() if isinstance(self.side, dict) else [self.side]:
-            check_one_of("side", value, ("auto", "in", "out"))
-        for value in self.ratio.values() if isinstance(self.ratio, dict) else [self.ratio]:
-            if not isinstance(value, int | float) or not 0 < value <= 1:
-                raise ValueError(f"ratio: wanted a fraction in (0, 1], got {value!r}; 0.03 trains 3% of the channels")
-        for value in self.channels.values() if isinstance(self.channels, dict) else [self.channels]:
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"channels: wanted a whole number of channels, 1 or more, got {value!r}")
+        for side in _values(self.side):
+            check_one_of("side", side, ("auto", "in", "out"))
+        for ratio in _values(self.ratio):
+            if not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+                raise ValueError(f"ratio: wanted a fraction in (0, 1], got {ratio!r}; 0.03 trains 3% of the channels")
+        for channels in _values(self.channels):
+            if channels is not None and (not isinstance(channels, int) or channels < 1):
+                raise ValueError(f"channels: wanted a whole number of channels, 1 or more, got {channels!r}")
 
     def place(self, model: nn.Module, calibration: Calibration | None) -> dict[str, Callable[[nn.Module], Delta]]:
         names = resolve(
@@ -100,7 +101,7 @@ class S2FT(Method):
             chosen[name] = expand_groups(groups, size)
         return chosen
 
-    def side_of(self, name: str) -> str:
+    def side_of(self, name: str) -> Side:
         """Whether ``name`` trains input or output channels."""
         side = _for_target(self.side, name, "side", "auto")
         return side if side != "auto" else ("in" if role_of(name) in INPUT_SIDE_ROLES else "out")
@@ -157,6 +158,11 @@ def _check_suffixes(what: str, option: Any, names: list[str]) -> None:
         if not any(_speaks_of(suffix, name) for name in names):
             leaves = sorted({name.rpartition(".")[2] for name in names})
             raise ValueError(f"{what}: {suffix!r} is no tuned linear; they end in {leaves}; remove the entry")
+
+
+def _values(option: Any) -> list[Any]:
+    """The values of an option that may be one for all targets or a dict by target."""
+    return list(option.values()) if isinstance(option, dict) else [option]
 
 
 def _speaks_of(suffix: str, name: str) -> bool:
