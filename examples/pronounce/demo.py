@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local
+os.environ.setdefault("TQDM_DISABLE", "1")  # bars of loading say nothing here
 
 import torch
-import transformers
 from fetch import fetch
 from plot import plot_curves
 from task import ErrorRate, Word, error_rate, pronounce, split_words, text_loss
@@ -41,7 +41,6 @@ EXACT = 1e-3  # |logit difference| in float32: rounding of sums in another order
 
 def main() -> None:
     args = parse_arguments()
-    transformers.utils.logging.disable_progress_bar()
     started = time.perf_counter()
     config = load_config(HERE.parent / "pronounce.yaml", [f"model={args.cache}/smollm2", *args.overrides])
     output = Path(args.output)
