@@ -12,6 +12,7 @@ from oracle import deltas_of
 import inlay
 from inlay.methods import METHODS
 from inlay.nn.tuned_linear import TunedLinear
+from inlay.select import random_groups
 
 HEAD = 8
 
@@ -132,9 +133,7 @@ def test_random_choice_depends_on_the_seed_and_the_linear_alone():
 def test_random_choice_is_uniform_enough():
     counts = torch.zeros(48)
     for seed in range(200):
-        counts[
-            chosen(llama(num_hidden_layers=1), channels=12, granularity=1, seed=seed)["model.layers.0.mlp.down_proj"]
-        ] += 1
+        counts[random_groups(48, 12, seed, "model.layers.0.mlp.down_proj")] += 1
     assert counts.sum() == 2400 and counts.min() >= 25 and counts.max() <= 80  # 50 expected, deviation 6
 
 
