@@ -184,6 +184,23 @@ def test_loftq_comes_closer_at_every_iteration(base, shape):
     assert abs(float((module.weight + delta.weight_delta() - linear.weight.detach()).norm()) - norms[-1]) < 1e-4
 
 
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40), (64, 64), (1, 30), (1100, 1030)])
+def test_best_low_rank(shape):
+    """As good as a singular value decomposition; large matrices within 1e-3 of it."""
+    from inlay.methods.loftq import best_low_rank
+
+    residual = torch.randn(shape)
+    u, s, vt = torch.linalg.svd(residual, full_matrices=False)
+    for rank in (1, 8, 50):
+        if rank > min(shape):
+            continue
+        a, b = best_low_rank(residual, rank)
+        assert a.shape == (rank, shape[1]) and b.shape == (shape[0], rank)
+        best = float((residual - (u[:, :rank] * s[:rank]) @ vt[:rank]).norm())
+        assert float((residual - b @ a).norm()) <= best * (1 + 1e-3 if min(shape) > 1024 else 1 + 1e-5) + 1e-4
+        assert_close(b.norm(dim=0), a.norm(dim=1), atol=1e-3 * float(a.norm()))  # split evenly
+
+
 def test_loftq_starts_closer_to_the_dense_model():
     """Its first loss and first logits are nearer the dense model's than plain QLoRA's."""
     dense, batch = llama(hidden_size=64, intermediate_size=128), text_batch(0)
@@ -214,6 +231,11 @@ def test_loftq_adapters_bring_their_base(tmp_path):
             ValueError, match=r'init="loftq", which chose the quantized base with it: wanted .*overrides'
         ):
             inlay.load(llama(), tmp_path, base=other)
+
+
+def test_loftq_with_more_rank_than_the_weight():
+    model = inlay.tune(llama(), inlay.LoRA(r=40, init="loftq"), base="nf4")
+    assert_close(eval_logits(model, text_batch(0)), eval_logits(llama(), text_batch(0)), atol=1e-3)
 
 
 def test_loftq_needs_a_base():

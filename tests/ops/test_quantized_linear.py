@@ -7,7 +7,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from inlay import _native, ops
+from inlay.bases import BaseConfig, QuantizedLinear
 from inlay.ops._registry import RAW_OPS
+from inlay.ops.lora_linear import lora_linear
 from inlay.ops.quantize_blockwise import dequantize_absmax, levels, quantize_4bit, quantize_absmax
 from inlay.ops.quantized_linear import (
     PANEL_BYTES,
@@ -202,3 +204,20 @@ def test_results_do_not_depend_on_threads(out, width):
     finally:
         torch.set_num_threads(before)
     assert_bits(*results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_compiles(base, rows):
+    """Without a graph break, alone and under LoRA, with the same results."""
+    config = BaseConfig(base)
+    linear = QuantizedLinear.of(torch.nn.Linear(96, 24), config.storage(None, 24, 96), "l")
+    inputs = [torch.randn(s, requires_grad=True) for s in ((rows, 96), (4, 96), (24, 4))]
+
+    def step(x, a, b):
+        return (lora_linear(x, a, b, 2.0, linear.storage, *linear.tensors) * linear(x)).sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    wanted = torch.autograd.grad(step(*inputs), inputs)
+    torch.testing.assert_close(torch.autograd.grad(compiled(*inputs), inputs), wanted)

@@ -39,8 +39,9 @@ def loftq(weight: Tensor, module: QuantizedLinear, delta: LowRankDelta, iteratio
     tensors, a, b = best
     for name, tensor in zip(module.storage.names, tensors, strict=True):
         module.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
-    delta.lora_A.copy_(a)
-    delta.lora_B.copy_(b / delta.scale)
+    rank = a.shape[0]  # below the delta's where the weight is smaller than that: the rest stays as it is, B zero
+    delta.lora_A[:rank].copy_(a)
+    delta.lora_B[:, :rank].copy_(b / delta.scale)
     return norms
 
 
