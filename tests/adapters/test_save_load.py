@@ -159,6 +159,13 @@ def test_an_untrained_adapter_is_not_saved(update, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_untrained_checkpoint_is_saved_with_a_warning(tmp_path):
+    """Under warm-up the first step's learning rate is 0, and Trainer may save after it."""
+    with pytest.warns(UserWarning, match="changes nothing"):
+        inlay.tune(llama(), inlay.S2FT(ratio=0.2)).save_pretrained(str(tmp_path / "checkpoint-1"))
+    assert sorted(path.name for path in (tmp_path / "checkpoint-1").iterdir()) == FILES
+
+
 def test_a_partly_untrained_adapter_is_saved_with_a_warning(tmp_path):
     tuned = trained(llama())
     with torch.no_grad():

@@ -40,7 +40,7 @@ def save_adapter(
     state = require_state(model, "save_pretrained")
     name = name if name is not None else _single_active(state)
     tensors, resume = collect(model, name, state_dict)
-    check_worth_saving(model, name, tensors)
+    check_worth_saving(model, name, tensors, checkpoint=Path(directory).name.startswith("checkpoint-"))
     method = state.methods[name]
     config = {
         **peft_keys(model),
@@ -75,8 +75,11 @@ def collect(
     return tensors, resume
 
 
-def check_worth_saving(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
-    """Refuse to write an adapter that is empty, broken, or that changes nothing."""
+def check_worth_saving(model: nn.Module, name: str, tensors: dict[str, Tensor], checkpoint: bool = False) -> None:
+    """Refuse to write an adapter that is empty, broken, or that changes nothing.
+
+    A ``checkpoint`` that changes nothing only warns: under warm-up the first step's learning rate is 0.
+    """
     for key, tensor in tensors.items():
         if tensor.numel() == 0:
             raise ValueError(
@@ -88,7 +91,7 @@ def check_worth_saving(model: nn.Module, name: str, tensors: dict[str, Tensor]) 
             )
     deltas = {p: m.deltas[name] for p, m in tuned_linears(model).items() if name in m.deltas}
     still = [path for path, delta in deltas.items() if not delta.changes_anything()]
-    if len(still) == len(deltas):
+    if len(still) == len(deltas) and not checkpoint:
         raise ValueError(f"adapter {name!r} changes nothing: all its values are untrained; train before saving")
     if still:
         warnings.warn(f"adapter {name!r} changes nothing at {len(still)} linears, first {still[0]}", stacklevel=3)
