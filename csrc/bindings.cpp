@@ -105,6 +105,17 @@ void find_cuda(const inlay::TensorView*& found, const inlay::TensorList& list) {
 template <class Number>
 void find_cuda(const inlay::TensorView*&, const Number&) {}
 
+// The ops that have a CUDA kernel, where CUDA kernels are built.
+std::vector<std::string> cuda_ops() {
+  if (inlay::cuda_archs().empty()) return {};
+#define INLAY_OP(name, args) #name,
+#define INLAY_CPU_OP(name, args)
+  return {
+#include "ops.h"
+  };
+#undef INLAY_OP
+}
+
 // An op as Python calls it: on the device of its tensors and the stream that is current there, without the
 // GIL.
 template <class... A>
@@ -168,6 +179,7 @@ PYBIND11_MODULE(_C, m) {
     info["openmp"] = inlay::built_with_openmp();
     info["cuda"] = !inlay::cuda_archs().empty();
     info["cuda_archs"] = inlay::cuda_archs();
+    info["cuda_ops"] = cuda_ops();
     info["compiler"] = INLAY_COMPILER;
     return info;
   });

@@ -13,17 +13,22 @@ struct Scales {
   const uint8_t* codes;  // null: absmax is what is stored
   const float* map;      // [256]
   const float* offset;   // []
+  int shift;             // blocks are 2^shift elements: 64-bit divisions are slow, and spill registers
 
-  __device__ __forceinline__ float at(int64_t block) const {
+  // Of the block that element i of the weight is in.
+  __device__ __forceinline__ float at(int64_t i) const {
+    const int64_t block = i >> shift;
     if (!codes) return absmax[block];
     return __fadd_rn(__fmul_rn(map[codes[block]], absmax[block / 256]), *offset);
   }
 };
 
 inline Scales scales_of(const TensorView& absmax, const TensorView& codes, const TensorView& map,
-                        const TensorView& offset) {
+                        const TensorView& offset, int64_t blocksize) {
+  int shift = 0;
+  while (int64_t(1) << shift < blocksize) ++shift;
   return {data<const float>(absmax), data<const uint8_t>(codes), data<const float>(map),
-          data<const float>(offset)};
+          data<const float>(offset), shift};
 }
 
 // 16 floats, one copy per bank, so that 32 lanes look up 32 different codes at once: shared, [16·32].

@@ -89,7 +89,7 @@ struct Rectangle {
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads)
     dequantize_kernel(Rows<T> out, const uint8_t* packed, const float* levels, Scales scales,
-                      int64_t blocksize, Rectangle part) {
+                      Rectangle part) {
   INLAY_SHARED(float, copies, Levels::kSize);
   const Levels table{copies};
   table.fill(levels);
@@ -102,17 +102,17 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t c = first + u * kThreads * N;
       if (c >= part.width) break;
       if (N == 8)
-        words[u] = *reinterpret_cast<const uint32_t*>(packed + (start + c) / 2);
+        words[u] = *reinterpret_cast<const uint32_t*>(packed + ((start + c) >> 1));
       else
-        words[u] = packed[(start + c) / 2];
-      scale[u] = scales.at((start + c) / blocksize);
+        words[u] = packed[(start + c) >> 1];
+      scale[u] = scales.at(start + c);
     }
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t c = first + u * kThreads * N;
       if (c >= part.width) break;
       Pack<T, N> values;
       for (int k = 0; k < N; ++k) {
-        const int nibble = N == 8 ? k : int((start + c) % 2);
+        const int nibble = N == 8 ? k : int((start + c) & 1);
         from_float(__fmul_rn(table.at(code_of(words[u], nibble)), scale[u]), values.at[k]);
       }
       store(out.at(m) + c, values);
@@ -144,7 +144,7 @@ void dequantize_4bit(const TensorView& out, const TensorView& packed, const Tens
                      const TensorView& offset, int64_t blocksize, int64_t columns, int64_t row,
                      int64_t column) {
   const Rectangle part{out.shape[0], out.shape[1], columns, row, column};
-  const Scales scales = scales_of(absmax, codes, map, offset);
+  const Scales scales = scales_of(absmax, codes, map, offset, blocksize);
   with_float(out.dtype, [&](auto type) {
     using T = decltype(type);
     const auto run = [&](auto n) {
@@ -152,7 +152,7 @@ void dequantize_4bit(const TensorView& out, const TensorView& packed, const Tens
                 dim3(kThreads)};
       if (grid.blocks.x > kMostRows) grid.blocks.x = kMostRows;
       launch("dequantize_4bit", dequantize_kernel<T, n()>, grid, rows<T>(out), data<const uint8_t>(packed),
-             data<const float>(levels), scales, blocksize, part);
+             data<const float>(levels), scales, part);
     };
     if (runs_of_eight(out, packed, part)) return run(std::integral_constant<int, 8>{});
     run(std::integral_constant<int, 1>{});

@@ -17,7 +17,7 @@ struct Weight {
   const uint8_t* packed;
   const float* levels;  // [16]
   Scales scales;
-  int64_t rows, columns, blocksize;
+  int64_t rows, columns;
 };
 
 template <class T>
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kDotThreads)
   float sums[kTokens] = {};
   for (int64_t k = lane; k < w.columns; k += kWarp) {
     const int64_t i = start + k;
-    const float weight = table.at(code_of(w.packed[i / 2], int(i % 2))) * w.scales.at(i / w.blocksize);
+    const float weight = table.at(code_of(w.packed[i >> 1], int(i & 1))) * w.scales.at(i);
     for (int m = 0; m < kTokens; ++m)
       if (first + m < tokens) sums[m] = fmaf(weight, to_float(x.at(first + m)[k]), sums[m]);
   }
@@ -72,9 +72,13 @@ constexpr int kPiece = 64;
 constexpr int kRows = 16;
 constexpr int kWarps = 8;
 constexpr int kAhead = 2;  // pieces whose bytes are loaded before the first is used
-constexpr int kBlocksPerUnit =
-    4;  // 4·32 KB of tables fit a multiprocessor of sm_80 and sm_90; others hold fewer at a time
-constexpr int kMostTokens = 64;
+constexpr int kMostTokens =
+    64;  // in groups of 32 that read W from L2 after the first; 64 at once would spill
+
+// Blocks that a multiprocessor runs at a time: 65,536 registers and the tables (3·32 KB) set it, and a launch
+// has that many, so that each fills its table once.
+template <int Tiles>
+constexpr int kResident = Tiles == 1 ? 3 : 2;
 
 // A byte as a pair in one register, the high nibble's level in the low half.
 template <class T>
@@ -106,8 +110,8 @@ __device__ __forceinline__ Bytes fetch(const Weight& w, const int64_t (&row)[2],
   Bytes result;
   for (int r = 0; r < 2; ++r) {
     const int64_t i = row[r] * w.columns + piece * kPiece;
-    result.row[r] = *reinterpret_cast<const uint2*>(w.packed + i / 2 + 8 * t);
-    result.scale[r] = w.scales.at(i / w.blocksize);
+    result.row[r] = *reinterpret_cast<const uint2*>(w.packed + (i >> 1) + 8 * t);
+    result.scale[r] = w.scales.at(i);
   }
   return result;
 }
@@ -119,31 +123,30 @@ struct Sums {
   // Adds W[rows, piece] · x[tokens, piece]ᵀ.
   __device__ __forceinline__ void add(const Bytes& bytes, const Pairs<T>& pairs, Rows<const T> x,
                                       int64_t tokens, int64_t column, int g) {
-    float part[Tiles][4] = {};
-    for (int half = 0; half < 2; ++half) {  // 8 columns of x, 16 bytes, at a time: two products
-      const uint32_t low = half ? bytes.row[0].y : bytes.row[0].x;
-      const uint32_t high = half ? bytes.row[1].y : bytes.row[1].x;
-      uint32_t a[2][4];
-      for (int s = 0; s < 2; ++s) {
-        a[s][0] = pairs.at(low >> (16 * s) & 255), a[s][2] = pairs.at(low >> (16 * s + 8) & 255);
-        a[s][1] = pairs.at(high >> (16 * s) & 255), a[s][3] = pairs.at(high >> (16 * s + 8) & 255);
-      }
-      for (int tile = 0; tile < Tiles; ++tile) {
+    uint32_t a[4][4];  // of the four products, decoded once for all tokens
+    for (int s = 0; s < 4; ++s) {
+      const uint32_t low = (s < 2 ? bytes.row[0].x : bytes.row[0].y) >> (16 * (s % 2));
+      const uint32_t high = (s < 2 ? bytes.row[1].x : bytes.row[1].y) >> (16 * (s % 2));
+      a[s][0] = pairs.at(low & 255), a[s][2] = pairs.at(low >> 8 & 255);
+      a[s][1] = pairs.at(high & 255), a[s][3] = pairs.at(high >> 8 & 255);
+    }
+    for (int tile = 0; tile < Tiles; ++tile) {
+      float part[4] = {};
+      for (int half = 0; half < 2; ++half) {  // 16 bytes of x are two products
         uint4 values = {0, 0, 0, 0};
         if (tile * 8 + g < tokens)
           values = *reinterpret_cast<const uint4*>(x.at(tile * 8 + g) + column + 8 * half);
         const uint32_t first[2] = {values.x, values.y}, second[2] = {values.z, values.w};
-        mma(part[tile], a[0], first, T{});
-        mma(part[tile], a[1], second, T{});
+        mma(part, a[2 * half], first, T{});
+        mma(part, a[2 * half + 1], second, T{});
       }
+      for (int i = 0; i < 4; ++i) at[tile][i] = fmaf(bytes.scale[i / 2], part[i], at[tile][i]);
     }
-    for (int tile = 0; tile < Tiles; ++tile)
-      for (int i = 0; i < 4; ++i) at[tile][i] = fmaf(bytes.scale[i / 2], part[tile][i], at[tile][i]);
   }
 };
 
 template <class T, int Tiles>
-__global__ void __launch_bounds__(kWarps* kWarp)
+__global__ void __launch_bounds__(kWarps* kWarp, kResident<Tiles>)
     mma_kernel(Rows<T> y, Rows<const T> x, Weight w, const T* bias, int64_t tokens) {
   INLAY_DYNAMIC_SHARED(uint32_t, memory);  // the table, then [16][8·Tiles] sums
   constexpr int kWidth = 8 * Tiles;
@@ -152,6 +155,8 @@ __global__ void __launch_bounds__(kWarps* kWarp)
   pairs.fill(w.levels);
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp, g = lane / 4, t = lane % 4;
   const int64_t pieces = w.columns / kPiece;
+  const int64_t skipped = int64_t(blockIdx.y) * kWidth;
+  x.data += skipped * x.stride, y.data += skipped * y.stride, tokens -= skipped;
 
   for (int64_t n = int64_t(blockIdx.x) * kRows; n < w.rows; n += int64_t(gridDim.x) * kRows) {
     // Rows beyond the last are computed from it and not stored.
@@ -187,8 +192,8 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 
 template <class T, int Tiles>
 void launch_mma(const Rows<T>& y, const Rows<const T>& x, const Weight& w, const T* bias, int64_t tokens) {
-  Grid grid{dim3(blocks_for(w.rows, kRows)), dim3(kWarps * kWarp)};
-  const unsigned most = unsigned(kBlocksPerUnit * multiprocessors());
+  Grid grid{dim3(blocks_for(w.rows, kRows), blocks_for(tokens, 8 * Tiles)), dim3(kWarps * kWarp)};
+  const unsigned most = unsigned(kResident<Tiles> * multiprocessors()) / grid.blocks.y;
   if (grid.blocks.x > most) grid.blocks.x = most;
   grid.shared = sizeof(uint32_t) * 256 * kWarp + sizeof(float) * kRows * 8 * Tiles;
   launch("quantized_linear (mma)", mma_kernel<T, Tiles>, grid, y, x, w, bias, tokens);
@@ -204,8 +209,7 @@ void with_tensor_cores(const Rows<T>& y, const Rows<const T>& x, const Weight& w
                        int64_t tokens) {
   if (tokens <= 8) return launch_mma<T, 1>(y, x, w, bias, tokens);
   if (tokens <= 16) return launch_mma<T, 2>(y, x, w, bias, tokens);
-  if (tokens <= 32) return launch_mma<T, 4>(y, x, w, bias, tokens);
-  launch_mma<T, 8>(y, x, w, bias, tokens);
+  launch_mma<T, 4>(y, x, w, bias, tokens);
 }
 
 void with_tensor_cores(const Rows<float>&, const Rows<const float>&, const Weight&, const float*, int64_t) {}
@@ -218,12 +222,8 @@ void quantized_linear(const TensorView& y, const TensorView& x, const TensorView
                       int64_t blocksize) {
   const int64_t tokens = x.shape[0];
   if (tokens == 0) return;
-  const Weight w{data<const uint8_t>(packed),
-                 data<const float>(levels),
-                 scales_of(absmax, codes, map, offset),
-                 y.shape[1],
-                 x.shape[1],
-                 blocksize};
+  const Weight w{data<const uint8_t>(packed), data<const float>(levels),
+                 scales_of(absmax, codes, map, offset, blocksize), y.shape[1], x.shape[1]};
   with_float(x.dtype, [&](auto element) {
     using T = decltype(element);
     const auto* b = data<const T>(bias);

@@ -1,4 +1,4 @@
-# The .cu files, for nvcc and for the emulation.
+# The .cu files, for nvcc and for the emulation, and how nvcc compiles them.
 set(INLAY_CUDA_SOURCES
     cuda/adamw.cu
     cuda/cross_entropy.cu
@@ -9,3 +9,7 @@ set(INLAY_CUDA_SOURCES
     cuda/runtime.cu
     cuda/submatrix_linear.cu
     cuda/swiglu.cu)
+
+# Products and sums are fused where the source says fmaf and nowhere else, as in the emulation: a value that is
+# computed in two places has the same bits in both. No --use_fast_math.
+set(INLAY_NVCC_OPTIONS --expt-relaxed-constexpr --fmad=false)

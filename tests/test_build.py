@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from inlay import _native, doctor
+from inlay.ops._registry import RAW_OPS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,6 +19,17 @@ def test_doctor_reports():
     text = "\n".join(finding for _, finding in doctor.report())
     assert "torch" in dict(doctor.report())
     assert ("built by" in text) == _native.available()
+
+
+@pytest.mark.skipif(not _native.available(), reason="no native module")
+def test_doctor_says_what_every_op_takes_and_why(monkeypatch):
+    report = dict(doctor.report())
+    assert {f"op {name}" for name in RAW_OPS} <= set(report)
+    if not _native.has_cuda():
+        assert "no CUDA kernels in this build" in report["op swiglu_forward"]
+    assert "CPUs only" in report["op submatrix_grad"]
+    monkeypatch.setenv("INLAY_FORCE_PATH", "reference")
+    assert "INLAY_FORCE_PATH=reference" in dict(doctor.report())["op swiglu_forward"]
 
 
 @pytest.mark.skipif(not _native.available(), reason="no native module")

@@ -10,7 +10,7 @@ target_link_libraries(simt_shared PRIVATE pybind11::module)
 target_compile_definitions(simt_shared PRIVATE INLAY_COMPILER="host emulation")
 target_compile_options(simt_shared PRIVATE -O0 -Wall -Wextra -Wno-unknown-pragmas)
 
-# As nvcc does, contractions only where the source asks for them: every product that must round is written so.
+# No contraction, as INLAY_NVCC_OPTIONS has it.
 set(simt_options -x c++ -Wall -Wextra -ffp-contract=off -fno-strict-aliasing)
 set(simt_sanitize -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer)
 

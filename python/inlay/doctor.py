@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from inlay import _native
+from inlay.ops._registry import RAW_OPS
 
 _PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "peft", "trl", "bitsandbytes", "numpy")
 _VARIABLES = ("INLAY_ISA", "INLAY_FORCE_PATH", "OMP_NUM_THREADS", "OMP_PROC_BIND", "KMP_AFFINITY")
@@ -46,9 +47,58 @@ def _native_lines() -> Iterator[tuple[str, str]]:
     except ValueError as error:
         chosen = f"NONE: {error}"
     yield "instruction set", f"{chosen} (this CPU can run {', '.join(engine.available_isas())})"
-    yield "CUDA kernels", "built" if info["cuda"] else "not built; on a GPU the plain-torch path runs"
+    yield "CUDA kernels", _cuda_build(info)
     openmp = "OpenMP" if info["openmp"] else "none: the compiler had no OpenMP, kernels use one thread"
     yield "threads", f"{engine.num_threads()} of {os.cpu_count()} CPUs, as torch.get_num_threads(); {openmp}"
+
+
+def _cuda_build(info: dict) -> str:
+    if not info["cuda"]:
+        return "not built: on a GPU the plain-torch path runs; build with INLAY_CUDA=on where nvcc is"
+    return f"built for {info['cuda_archs']}"
+
+
+def _gpu_lines() -> Iterator[tuple[str, str]]:
+    """Each GPU, and whether this build has code for it."""
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        yield "GPUs", "none visible" + ("" if built else f"; torch {torch.__version__} is a build without CUDA")
+        return
+    archs = _native.module().build_info().get("cuda_archs", "") if _native.available() else ""
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        known = f"sm_{major}{minor}" in archs
+        code = (
+            "compiled for it" if known else "PTX, compiled by the driver" if "compute_" in archs else "NO code for it"
+        )
+        suffix = f"; inlay: {code}" if archs else ""
+        yield f"GPU {i}", f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}{suffix}"
+
+
+#: Raw ops whose kernel exists on AMX only, and what runs elsewhere.
+_AMX_ONLY = {"submatrix_grad": "torch.mm in fp32", "causal_attention_backward": "torch's own attention"}
+
+
+def _op_lines() -> Iterator[tuple[str, str]]:
+    """Which implementation a call of each raw op takes, per device, and why."""
+    if not _native.available():
+        return
+    engine = _native.module()
+    forced = os.environ.get("INLAY_FORCE_PATH") == "reference"
+    on_cuda = engine.build_info().get("cuda_ops", [])
+    for name in sorted(RAW_OPS):
+        kernel = name.rstrip("_").removesuffix("_small")
+        cpu, cuda = f"native, {engine.isa()}", "native kernel"
+        if kernel in _AMX_ONLY:
+            cpu = cpu if engine.isa() == "amx" else f"{_AMX_ONLY[kernel]} (the kernel wants AMX)"
+            cuda = f"{_AMX_ONLY[kernel]} (kernel for CPUs only)"
+        elif not on_cuda:
+            cuda = "plain torch (no CUDA kernels in this build)"
+        elif kernel not in on_cuda:
+            cuda = "plain torch (this op has no CUDA kernel)"
+        if forced:
+            cpu = cuda = "plain torch (INLAY_FORCE_PATH=reference)"
+        yield f"op {name}", f"CPU: {cpu}; CUDA: {cuda}"
 
 
 def _openmp_lines() -> Iterator[tuple[str, str]]:
@@ -60,8 +110,7 @@ def _openmp_lines() -> Iterator[tuple[str, str]]:
 
 
 def _torch_lines() -> Iterator[tuple[str, str]]:
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    yield "GPUs", ", ".join(gpus) or "none visible"
+    gpus = torch.cuda.is_available()
     yield "CPU", f"{platform.machine()}: {_cpu_flags()}"
     fast_bf16 = torch.backends.mkldnn.is_available() and ("avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags())
     yield "dtype advice", "bfloat16 is fast here" if fast_bf16 or gpus else "no bf16 instructions: float32 is faster"
@@ -70,16 +119,16 @@ def _torch_lines() -> Iterator[tuple[str, str]]:
 def report() -> list[tuple[str, str]]:
     """(what, finding) pairs."""
     lines = [("inlay", f"{_version('inlay')} on Python {platform.python_version()}, {platform.platform()}")]
-    lines += [*_native_lines(), *_openmp_lines(), *_torch_lines()]
+    lines += [*_native_lines(), *_openmp_lines(), *_gpu_lines(), *_torch_lines()]
     lines += [(package, _version(package)) for package in _PACKAGES]
     lines += [(name, os.environ[name]) for name in _VARIABLES if name in os.environ]
-    return lines
+    return [*lines, *_op_lines()]
 
 
 def main() -> int:
     """Print the report; the exit status is 1 if the native kernels are missing."""
     for what, finding in report():
-        print(f"{what:18} {finding}")
+        print(f"{what:28} {finding}")
     return 0 if _native.available() else 1
 
 

@@ -173,10 +173,13 @@ def _grad_reference(dy: Tensor, x_sel: Tensor) -> Tensor:
 
 
 def _grad_native(dy: Tensor, x_sel: Tensor) -> Tensor:
-    """On AMX straight from bf16, elsewhere torch's fp32 product of fp32 copies."""
+    """Straight from 16 bits on AMX and on a GPU, elsewhere torch's fp32 product of fp32 copies."""
     _check_grad(dy, x_sel)
     left, right = as_rows(dy), as_rows(x_sel)
-    if not (left.dtype == right.dtype == torch.bfloat16 and left.numel() and right.numel() and module().isa() == "amx"):
+    if left.is_cuda and left.dtype == right.dtype != torch.float32:
+        return torch.mm(left.t(), right, out_dtype=torch.float32)
+    on_amx = left.is_cpu and module().isa() == "amx"
+    if not (on_amx and left.dtype == right.dtype == torch.bfloat16 and left.numel() and right.numel()):
         return _grad_reference(dy, x_sel)
     out = torch.empty(left.shape[1], right.shape[1], dtype=torch.float32)
     if right.shape[1] <= left.shape[1]:
