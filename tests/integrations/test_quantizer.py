@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import os
 import pickle
 import subprocess
@@ -163,13 +164,15 @@ def test_dtype_is_the_users(dense_dir):
     assert model(prompt(tokens=4) % 40).logits.dtype == torch.float32
 
 
-def test_bad_weights_are_named(tmp_path, caplog):
+def test_bad_weights_are_named(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     model = llama()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
     model.save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="conversion of the weights"):
         load(tmp_path)
+    assert "model.layers.1.mlp.up_proj: inlay.quantize_4bit: w: wanted finite values, got NaN" in caplog.text
 
 
 def test_bad_options():
@@ -331,21 +334,26 @@ def test_copies(dense_dir, copy_it):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
+def trainer_for(model, directory, **options):
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        directory, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[], use_cpu=True, **options
+    )
+    return Trainer(model, arguments, train_dataset=examples())
+
+
 def examples(count=8):
     batch = text_batch(0, rows=count)
     return [{key: value[i] for key, value in batch.items()} for i in range(count)]
 
 
 @pytest.mark.parametrize("method", [inlay.LoRA(r=4, lora_dropout=0.1), inlay.S2FT(ratio=0.2)], ids=["lora", "s2ft"])
-def test_trainer(dense_dir, tmp_path, method):
-    from transformers import Trainer, TrainingArguments
-
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trainer(dense_dir, tmp_path, method, checkpointing):
     model = inlay.tune(load(dense_dir, double_quant=True), method)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    arguments = TrainingArguments(
-        tmp_path, max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[], use_cpu=True, bf16=True
-    )
-    trainer = Trainer(model, arguments, train_dataset=examples())
+    trainer = trainer_for(model, tmp_path, max_steps=3, bf16=True, gradient_checkpointing=checkpointing)
     assert trainer.train().global_step == 3
     changed = 0
     for name, parameter in model.named_parameters():
@@ -357,6 +365,23 @@ def test_trainer(dense_dir, tmp_path, method):
     assert (tmp_path / "out/adapter_model.safetensors").exists()
     again = inlay.load(load(dense_dir, double_quant=True), tmp_path / "out")
     assert_equal(again.eval()(prompt()).logits.float(), model.eval()(prompt()).logits.float())
+
+
+def test_trainer_resumes_exactly(dense_dir, tmp_path):
+    """Its checkpoint holds the trained tensors only; the packed base comes from the model it resumes on."""
+
+    def fresh(folder, steps):
+        model = inlay.tune(load(dense_dir), inlay.LoRA(r=4))
+        return trainer_for(model, tmp_path / folder, max_steps=steps, save_steps=2, lr_scheduler_type="constant")
+
+    straight, first, second = fresh("one", 4), fresh("two", 2), fresh("two", 4)
+    straight.train()
+    first.train()
+    saved = tmp_path / "two/checkpoint-2"
+    assert not any("packed" in key for key in load_file(saved / "model.safetensors"))
+    second.train(resume_from_checkpoint=str(saved))
+    assert second.state.global_step == 4
+    assert_state_equal(second.model.state_dict(), straight.model.state_dict())
 
 
 def test_sft_trainer(dense_dir, tmp_path):

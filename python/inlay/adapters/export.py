@@ -48,7 +48,9 @@ def export(model: nn.Module, directory: str | Path, *, format: str = "peft-lora"
         tensors[f"{KEY_PREFIX}{path}.lora_A.weight"] = _pad(a, 0, rank)
         tensors[f"{KEY_PREFIX}{path}.lora_B.weight"] = _pad(b, 1, rank)
     check_worth_saving(model, name, tensors)
-    transposed = any(is_conv1d(module.plain_holder[0]) for module in linears.values())
+    transposed = any(
+        is_conv1d(holder := m.plain_holder[0]) or getattr(holder, "conv1d", False) for m in linears.values()
+    )
     config = lora_config(model, rank, list(linears), transposed)
     write_files(Path(directory), {WEIGHTS_NAME: tensors, CONFIG_NAME: config})
 

@@ -67,6 +67,7 @@ class BaseConfig:
             if not any(suffix_match(name, suffix) for name in found):
                 raise ValueError(f"skip_modules or overrides name {suffix!r}, which no linear of this model ends in")
         heads = output_head_names(model) if self.skip_modules is None else set()
+        heads = {head for head in heads if not any(suffix_match(head, suffix) for suffix in self.overrides)}
         chosen = {name: self.base_of(name) for name in found if name not in heads}
         return {name: base for name, base in chosen.items() if base is not None}
 

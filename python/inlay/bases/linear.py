@@ -32,8 +32,9 @@ class _BaseLinear(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def backward(ctx, dy: Tensor):
-        dx = ctx.base.backward_input(dy, *ctx.saved_tensors) if ctx.needs_input_grad[0] else None
-        return (dx, None, *[None] * len(ctx.saved_tensors))
+        tensors = ctx.saved_tensors  # once: checkpointing recomputes them at each access
+        dx = ctx.base.backward_input(dy, *tensors) if ctx.needs_input_grad[0] else None
+        return (dx, None, *[None] * len(tensors))
 
 
 def base_linear(x: Tensor, base: Any, *tensors: Tensor | None) -> Tensor:

@@ -275,6 +275,9 @@ def dequantize_absmax(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
 # --- int8, one scale per row ------------------------------------------------------------------------------------------
 
 
+_INT8_SPAN = 1 << 18  # weights dequantized at a time: 1 MiB of fp32, instead of a whole weight of it
+
+
 def quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:
     """w [N, K] float -> codes int8 [N, K], row absmax fp32 [N]: codes = round(w·127 / absmax) (arXiv:2208.07339)."""
     wide = w.detach().float()
@@ -286,4 +289,9 @@ def quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     """codes int8 [N, K], row absmax fp32 [N] -> [N, K] in `dtype`: code·absmax·(1/127), both products fp32."""
-    return codes.float().mul_(absmax[:, None]).mul_(1.0 / 127.0).to(dtype)
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    rows = max(1, _INT8_SPAN // max(1, codes.shape[1]))
+    for row in range(0, codes.shape[0], rows):
+        part = codes[row : row + rows].float().mul_(absmax[row : row + rows, None]).mul_(1.0 / 127.0)
+        out[row : row + rows].copy_(part)
+    return out
