@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 NATIVE := pyproject.toml $(wildcard CMakeLists.txt setup.py csrc/* csrc/*/* cuda/* cuda/*/*)
 PYTHON_CODE := python tests examples benchmarks
 
-.PHONY: help demo demo-setup test lint format bench wheel clean
+.PHONY: help demo demo-setup test lint format bench gpu-check wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -54,6 +54,9 @@ format: $(STAMPS)/lint  ## put code into the form that lint wants
 bench: $(STAMPS)/bench  ## one training step and each op, against their peers
 	$(BIN)/python benchmarks/train_step.py
 	@for bench in $(wildcard benchmarks/ops/bench_*.py); do echo "== $$bench"; $(BIN)/python $$bench || exit 1; done
+
+gpu-check:  ## on a machine with a GPU: build, test and measure within BUDGET_S=540 seconds; PARTS=build,tests,ops
+	@$(PYTHON) benchmarks/gpu/check.py
 
 wheel: $(STAMPS)/venv  ## source distribution and wheel, in dist/
 	$(PIP) build

@@ -1,0 +1,35 @@
+"""`make gpu-check` without a GPU: it selects tests, and writes down what was not run and why."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _check(out, **variables):
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu" / "check.py")]
+    environment = {**os.environ, "OUT": str(out), **variables}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_says_what_was_not_run_and_why(tmp_path):
+    result = _check(tmp_path, PARTS="tests,ops")
+    assert result.returncode == 0, result.stderr
+    parts = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]
+    assert {part["status"] for part in parts.values()} == {"not run"}
+    assert (
+        "no GPU visible to torch; selected: " in parts["tests"]["reason"] and "0 tests" not in parts["tests"]["reason"]
+    )
+    assert parts["ops"]["reason"] == "no GPU visible to torch" and parts["build"]["reason"] == "not asked for"
+
+
+def test_refuses_unknown_parts(tmp_path):
+    result = _check(tmp_path, PARTS="build,dance")
+    assert result.returncode == 2 and "got dance" in result.stderr
