@@ -17,8 +17,10 @@ constexpr int kThreads =
 __device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000u); }
 
 // exp(x − maximum); while all logits are −inf the difference would be NaN where 0 is wanted.
+// exp2f is one instruction where expf is ten, and this op would be bound by them.
 __device__ __forceinline__ float shifted_exp(float x, float maximum) {
-  return expf(x - (maximum == minus_infinity() ? 0.0f : maximum));
+  constexpr float kLog2e = 1.44269504088896341f;
+  return exp2f((x - (maximum == minus_infinity() ? 0.0f : maximum)) * kLog2e);
 }
 
 template <class T, int N>
@@ -47,10 +49,11 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) loss[m * loss_stride] = logf(total) + (highest - picked);
   if (!write_grad) return;
 
+  const float inverse = 1.0f / total;
   for (int64_t j = int64_t(threadIdx.x) * N; j < vocabulary; j += kThreads * N) {
     auto pack = load<N>(x + j);
     for (int i = 0; i < N; ++i) {
-      const float p = shifted_exp(to_float(pack.at[i]), highest) / total;
+      const float p = shifted_exp(to_float(pack.at[i]), highest) * inverse;
       from_float((j + i == label ? p - 1.0f : p) * scale, pack.at[i]);
     }
     store(x + j, pack);

@@ -51,6 +51,11 @@ void launch(const char* name, void (*kernel)(P...), const Grid& grid, A... argum
   }
   kernel<<<grid.blocks, grid.threads, grid.shared, stream>>>(P(arguments)...);
   const auto error = cudaGetLastError();
+  if (error == cudaErrorNoKernelImageForDevice)
+    throw std::runtime_error(
+        std::string("inlay: ") + name +
+        ": wanted code for this GPU, and this build has none; `inlay doctor` lists what it "
+        "has, INLAY_CUDA_ARCHS chooses what is built");
   if (error != cudaSuccess)
     throw std::runtime_error(std::string("inlay: ") + name + ": " + cudaGetErrorString(error));
 }
