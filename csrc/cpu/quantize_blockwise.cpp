@@ -187,8 +187,7 @@ struct Products {
 template <class T>
 void dequantize_run(const uint8_t* packed, const float* levels, const Scales& scales, int64_t blocksize,
                     int64_t begin, int64_t end, T* out) {
-  while (begin < end) {
-    const int64_t block = begin / blocksize;
+  for (int64_t block = begin / blocksize; begin < end; ++block) {
     const int64_t stop = (block + 1) * blocksize < end ? (block + 1) * blocksize : end;
     const Products<T> products(levels, scales.at(block));
     if (begin % 2) *out++ = products.values[packed[begin / 2] & 15], ++begin;
