@@ -11,7 +11,8 @@ import pytest
 import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "ops")]
-import build  # noqa: E402
+import _build as build  # noqa: E402
+
 from inlay import _native  # noqa: E402
 from inlay.ops import force_path  # noqa: E402
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 
+import _build as build
 import pytest
-
-import build
 
 ORDERS = ("forward", "reverse", "random")
 

@@ -7,9 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import _build as build
 import pytest
-
-import build
 
 HERE = Path(__file__).parent
 
