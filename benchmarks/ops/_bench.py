@@ -1,14 +1,27 @@
-"""Shared by the op benchmarks: alternating runs, medians, one line per case."""
+"""Shared by the op benchmarks: alternating runs, medians, one line per case.
+
+``python benchmarks/ops/bench_rms_norm.py --json out.json`` also writes the cases with machine, versions and commit.
+"""
 
 from __future__ import annotations
 
+import argparse
+import atexit
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from inlay import _native
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _measure
+
+_cases: list[dict] = []
 
 
 def alternate(candidates: dict[str, Callable], seconds: float = 1.0, least: int = 5) -> dict[str, float]:
@@ -36,6 +49,8 @@ def line(case: str, times: dict[str, float], gigabytes: float = 0.0, gigaflops: 
     for name, value in list(times.items())[1:]:
         text += f"   {value / times[ours]:6.2f}x {name}"
     print(text, flush=True)
+    milliseconds = {name: value * 1e3 for name, value in times.items()}
+    _cases.append({"case": case, "milliseconds": milliseconds, "gigabytes": gigabytes, "gigaflops": gigaflops})
 
 
 def check(ours: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, what: str) -> None:
@@ -47,5 +62,16 @@ def check(ours: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, what: st
 
 
 def header(title: str) -> None:
+    """Print what is measured and on what; with ``--json FILE`` the cases are written there at the end."""
     path = _native.module().isa() if _native.available() else "reference only"
     print(f"# {title}: torch {torch.__version__}, {torch.get_num_threads()} threads, {path}")
+    parser = argparse.ArgumentParser(description=f"Benchmark of {title}: correctness first, then time.")
+    parser.add_argument("--json", type=Path)
+    if (target := parser.parse_args().json) is not None:
+        atexit.register(_write, target, title, path)
+
+
+def _write(target: Path, title: str, path: str) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    result = {"op": title, "isa": path, "machine": _measure.provenance(), "cases": _cases}
+    target.write_text(json.dumps(result, indent=2))

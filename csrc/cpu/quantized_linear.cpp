@@ -12,6 +12,9 @@ constexpr int kRows = 4;  // weight rows per tile: each load of x serves all of 
 constexpr int kTokens =
     4;  // rows of x per tile: kRows·kTokens accumulators fill half the registers of AVX-512
 
+// Bytes of a row fetched ahead of use; past its end is the next row, or nothing that faults.
+constexpr int64_t kAhead = 512;
+
 // x as fp32, even and odd columns apart, the way packed bytes hold the weights.
 struct Split {
   float* values = nullptr;
@@ -50,7 +53,10 @@ void dot_tile(const Weight& w, const Split& x, int64_t n, int64_t m, float (&sum
   const int64_t blocks = w.columns / w.blocksize, bytes = w.blocksize / 2;
   for (int64_t b = 0; b < blocks; ++b) {
     Vec scale[Rows];
-    for (int r = 0; r < Rows; ++r) scale[r] = Vec(w.scales.at((n + r) * blocks + b));
+    for (int r = 0; r < Rows; ++r) {
+      scale[r] = Vec(w.scales.at((n + r) * blocks + b));
+      __builtin_prefetch(w.packed + (n + r) * (w.columns / 2) + b * bytes + kAhead);
+    }
     for (int64_t k = b * bytes; k < (b + 1) * bytes; k += Vec::kWidth) {
       for (int r = 0; r < Rows; ++r) {
         const uint8_t* p = w.packed + (n + r) * (w.columns / 2) + k;
@@ -138,6 +144,7 @@ void amx_rows(const Weight& w, const float* table, const Pairs& x, int64_t n, in
     const int64_t count = steps - first < kSteps ? steps - first : kSteps;
     for (int64_t r = 0; r < rows; ++r) {
       const uint8_t* p = w.packed + (n + r) * (w.columns / 2) + first * 16;
+      __builtin_prefetch(p + kAhead);  // 32 rows are more streams than the hardware follows
       for (int64_t s = 0; s < count;) {
         const int64_t block = (first + s) / per_block, stop = (block + 1) * per_block - first;
         const Vec scale(w.scales.at((n + r) * (w.columns / w.blocksize) + block));

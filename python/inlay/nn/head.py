@@ -98,7 +98,9 @@ class DeferringHead(Mixed):
 
     def forward(self, hidden: Tensor) -> Tensor | DeferredLogits:
         if not (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
-            return nn.functional.linear(hidden, self.weight, self.bias)
+            # generate() passes the last position of each row, a strided slice, for which torch would copy a frozen head
+            # once per row.
+            return nn.functional.linear(hidden.contiguous(), self.weight, self.bias)
         return DeferredLogits(hidden, self)
 
 
