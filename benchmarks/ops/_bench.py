@@ -67,7 +67,7 @@ def header(title: str) -> None:
     print(f"# {title}: torch {torch.__version__}, {torch.get_num_threads()} threads, {path}")
     parser = argparse.ArgumentParser(description=f"Benchmark of {title}: correctness first, then time.")
     parser.add_argument("--json", type=Path)
-    if (target := parser.parse_args().json) is not None:
+    if (target := parser.parse_known_args()[0].json) is not None:
         atexit.register(_write, target, title, path)
 
 

@@ -66,7 +66,7 @@ def main() -> None:
     line(f"[{TOKENS}, {WIDTH}] x {VOCABULARY}, forward + backward", times, gigaflops=flops)
     for name in ("ours", "F.linear + F.cross_entropy"):
         print(f"  peak memory, {name}: {_peak_megabytes(candidates[name]):.0f} MB")
-    for chunk in map(int, sys.argv[1:]):
+    for chunk in (int(argument) for argument in sys.argv[1:] if argument.isdigit()):
         line(f"  chunk {chunk}", alternate({"ours": lambda chunk=chunk: step(ours(chunk))}, least=3))
 
 
