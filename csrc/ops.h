@@ -93,8 +93,9 @@ INLAY_OP(dequantize_4bit,
           const TensorView& codes, const TensorView& map, const TensorView& offset, int64_t blocksize,
           int64_t columns, int64_t row, int64_t column))
 
-// y = x·Wᵀ + bias, W [N, K] packed as above and never written; fp32 weights and sums, one rounding
-// y float [M, N], x float [M, K], bias float [N] or None
+// y = x·Wᵀ + bias, W [N, K] packed as above and never written; fp32 sums, one rounding of y. Weights are
+// fp32, except for bf16 x of five rows or more on AMX and for tensor cores: there level·absmax, or the level,
+// has 16 bits y float [M, N], x float [M, K], bias float [N] or None
 INLAY_OP(quantized_linear,
          (const TensorView& y, const TensorView& x, const TensorView& packed, const TensorView& levels,
           const TensorView& absmax, const TensorView& codes, const TensorView& map, const TensorView& offset,
