@@ -334,4 +334,17 @@ void quantized_linear(const TensorView& y, const TensorView& x, const TensorView
   run(op, &KernelTable::quantized_linear, y, x, packed, levels, absmax, codes, map, offset, bias, blocksize);
 }
 
+void lora_add(const TensorView& y, const TensorView& x, const TensorView& a, const TensorView& b,
+              double scale) {
+  constexpr const char* op = "lora_add";
+  check_lead(op, "x", x);
+  check_dtype(op, "y", y, x.dtype);
+  check_matrix(op, "y", y, x.shape[0], y.ndim == 2 ? y.shape[1] : -1);
+  check_dtype(op, "a", a, DType::f32);
+  check_matrix(op, "a", a, a.ndim == 2 ? a.shape[0] : -1, x.shape[1]);
+  check_dtype(op, "b", b, DType::f32);
+  check_matrix(op, "b", b, y.shape[1], a.shape[0]);
+  run(op, &KernelTable::lora_add, y, x, a, b, scale);
+}
+
 }  // namespace inlay

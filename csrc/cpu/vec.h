@@ -229,15 +229,22 @@ inline void store(T* p, Vec a, int n) {
 }
 #endif
 
-// Lane sums and maxima in one fixed order.
+// Lane sums and maxima in one fixed order: upper half onto lower half, until one lane is left.
+#if defined(INLAY_VEC_avx512) || defined(INLAY_VEC_avx2)
+inline float sum_of_eight(__m256 a) {
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+#endif
 inline float sum(Vec a) {
-  float lanes[Vec::kWidth];
-  store(lanes, a);
-  float total = 0;
-  for (int width = Vec::kWidth / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  total = lanes[0];
-  return total;
+#if defined(INLAY_VEC_avx512)
+  return sum_of_eight(_mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1)));
+#elif defined(INLAY_VEC_avx2)
+  return sum_of_eight(a.v);
+#else
+  return a.v;
+#endif
 }
 
 inline float max_lane(Vec a) {

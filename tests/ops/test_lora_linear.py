@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from _compare import DTYPES, assert_as_good, assert_bits, grads, wide
+from _compare import DTYPES, assert_as_good, assert_bits, grads, padded_rows, strided, wide
 from torch.nn import functional
 
 from inlay.bases import FourBit, Int8
 from inlay.ops import DenseBase, DenseBaseT, swiglu
-from inlay.ops.lora_linear import lora_linear, swiglu_lora_linear
+from inlay.ops.lora_linear import lora_add_, lora_linear, swiglu_lora_linear
 
 RANKS = (1, 4, 8, 16, 40, 64)
 ROWS = (1, 2, 7, 8, 9, 16, 17, 63, 64, 65, 255)
@@ -121,6 +121,22 @@ def test_gradcheck(kind):
     assert torch.autograd.gradcheck(
         lambda x, up, a, b: swiglu_lora_linear(x, up, "gelu", a, b, 1.5, base, *tensors), (x, up, a, b)
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", RANKS)
+def test_few_rows_are_added_in_one_call(path, dtype, rank):
+    """The low-rank branch of decoding: into y's own memory, whatever its strides, with one rounding."""
+    out, width, scale = 37, 1037, 0.6
+    a, b = (t.detach() for t in factors(rank, out, width))
+    for rows in (0, 1, 3, 16):
+        x, y = torch.randn(rows, width).to(dtype), torch.randn(rows, out).to(dtype)
+        x64, y64, a64, b64 = wide(x, y, a, b)
+        eager = y + (scale * (x @ a.to(dtype).t()) @ b.to(dtype).t())
+        for view in (torch.clone, padded_rows, strided):
+            target = view(y)
+            lora_add_(target, view(x), a, b, scale)
+            assert_as_good(target, eager, y64 + scale * (x64 @ a64.t()) @ b64.t(), f"{rows} rows")
 
 
 @pytest.mark.parametrize("kind", ["dense", "nf4"])

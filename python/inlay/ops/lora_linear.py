@@ -12,17 +12,50 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from inlay.ops._registry import apply, as_rows, check_device, check_floating, compute_dtype, fail, without_autocast
-from inlay.ops.submatrix import submatrix_add_, submatrix_grad
+from inlay._native import module
+from inlay.ops._registry import (
+    apply,
+    as_rows,
+    check_device,
+    check_floating,
+    compute_dtype,
+    fail,
+    raw_op,
+    without_autocast,
+    writable_rows,
+)
+from inlay.ops.submatrix import submatrix_grad
 from inlay.ops.submatrix_linear import cast_for_autocast
 from inlay.ops.swiglu import swiglu_backward, swiglu_forward
 
-#: Rows up to which a forward without gradients computes the low-rank branch in fp32.
+#: Rows up to which a forward without gradients computes the low-rank branch in one call, in fp32: casting the factors
+#: to x's dtype would cost more than the products.
 FEW = 16
+
+
+# --- a few rows: y = round(y + s·(x·Aᵀ)·Bᵀ) ---------------------------------------------------------------
+
+
+def _lora_add_native(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    if not x.is_cpu:
+        return lora_add_.reference(y, x, a, b, scale)
+    with writable_rows(y) as rows:
+        module().lora_add(rows, as_rows(x), a, b, scale)
+
+
+@raw_op(native=_lora_add_native, fake=lambda y, x, a, b, scale: None, mutates=("y",))
+def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """y [..., N] += s·(x [..., K]·Aᵀ)·Bᵀ in y's memory, A fp32 [r, K], B fp32 [N, r]: fp32 sums, one rounding."""
+    acc = as_rows(x).to(a.dtype).mm(a.t()).mul_(scale).mm(b.t())
+    y.detach().copy_(torch.add(acc.view(y.shape), y))
+
+
+# --- the linear -------------------------------------------------------------------------------------------
 
 
 def _check(x: Tensor, a: Tensor, b: Tensor) -> None:
@@ -40,9 +73,7 @@ def _check(x: Tensor, a: Tensor, b: Tensor) -> None:
 def _add_forward(y: Tensor, xl: Tensor, a: Tensor, b: Tensor, scale: float, keep: bool) -> Tensor | None:
     """y += s·(xl·Aᵀ)·Bᵀ in y's memory; returns xa [M, r] if a backward will want it."""
     if not keep and xl.numel() <= FEW * xl.shape[-1]:
-        # For a few rows, casting the factors to x's dtype costs more than the products: cast the rows, and round once.
-        acc = as_rows(xl).to(a.dtype).mm(a.t()).mul_(scale).mm(b.t())
-        submatrix_add_(y.view(-1, y.shape[-1]), acc)
+        lora_add_(y, xl, a, b, scale)
         return None
     xa = as_rows(xl).mm(a.to(xl.dtype).t())
     y.view(-1, y.shape[-1]).addmm_(xa, (b * scale).to(xl.dtype).t())
