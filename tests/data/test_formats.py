@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from inlay.data import Conversation, Plain, load_records, parse_records
+from inlay.data import Conversation, Plain, Tokenized, iter_records, load_records, parse_records
 
 RECORDS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d\u2028e"}]
 
@@ -23,7 +23,7 @@ def test_json_and_jsonl_hold_the_same_records(tmp_path):
         ("a.jsonl", '{"text": "x"}\n{oops}\n', "line 2: not JSON"),
         ("a.json", '{"text": "x"}\n{"text": "y"}\n', "must be called .jsonl"),
         ("a.json", '{"text": "x"}', "wanted .* to hold a list"),
-        ("a.csv", "text\nx\n", "wanted a .json or .jsonl file"),
+        ("a.csv", "text\nx\n", "wanted a .jsonl, .json or .parquet file"),
     ],
 )
 def test_unreadable_files(tmp_path, name, text, message):
@@ -35,7 +35,7 @@ def test_unreadable_files(tmp_path, name, text, message):
 def test_missing_file_and_wrong_type(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_records(tmp_path / "no.jsonl")
-    with pytest.raises(TypeError, match="wanted a path or a list of records, got dict"):
+    with pytest.raises(TypeError, match="wanted a path, or an iterable of dicts .* got dict"):
         load_records({"text": "x"})
 
 
@@ -97,3 +97,49 @@ def test_a_chat_template_turns_questions_into_user_turns():
 def test_bad_records_are_named(records, message):
     with pytest.raises((ValueError, TypeError), match=message):
         parse_records(records, chat=False)
+
+
+def test_sharegpt_turns_become_messages():
+    record = {
+        "system": "be brief",
+        "conversations": [
+            {"from": "human", "value": "q"},
+            {"from": "gpt", "value": "a"},
+            {"from": "observation", "value": "r"},
+            {"from": "gpt", "value": "b"},
+        ],
+        "tools": [{"name": "f"}],
+    }
+    name, [example] = parse_records([record], chat=True)
+    roles = [turn["role"] for turn in example.messages]
+    assert name == "sharegpt" and roles == ["system", "user", "assistant", "tool", "assistant"]
+    assert example.tools == [{"name": "f"}] and example.messages[1]["content"] == "q"
+    for turn in ({"from": "bing", "value": "x"}, {"from": "gpt"}, "x"):
+        with pytest.raises(ValueError, match=r"conversations\[0\]: wanted .*'from': one of"):
+            parse_records([{"conversations": [turn]}], chat=True)
+
+
+def test_tokenized_records_are_taken_as_they_are():
+    records = [
+        {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "attention_mask": [1, 1, 0]},
+        {"input_ids": [4, 5]},
+    ]
+    name, examples = parse_records(records, chat=True)
+    assert name == "tokenized" and examples == [Tokenized([1, 2], [-100, 2]), Tokenized([4, 5], [4, 5])]
+    with pytest.raises(ValueError, match="record 0: wanted 2 whole numbers under 'labels'"):
+        parse_records([{"input_ids": [1, 2], "labels": [1]}], chat=True)
+
+
+def test_parquet_and_datasets(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list([{"prompt": "q", "completion": "a"}, {"prompt": "r", "completion": "b"}])
+    table.to_parquet(tmp_path / "r.parquet")
+    assert load_records(tmp_path / "r.parquet") == load_records(table) == list(table)
+
+
+def test_jsonl_is_read_as_it_is_asked_for(tmp_path):
+    (tmp_path / "r.jsonl").write_text('{"text": "x"}\nnot JSON\n')
+    records = iter_records(tmp_path / "r.jsonl")
+    assert next(records) == {"text": "x"}
+    with pytest.raises(ValueError, match="line 2"):
+        next(records)

@@ -75,6 +75,39 @@ def test_micro_batches_equal_one_batch():
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4, msg=name)
 
 
+def test_packing_trains_on_the_same_tokens_with_less_padding(tmp_path):
+    records = [{"prompt": f"{word}:", "completion": f" {word[::-1]}" * count} for count, word in enumerate(WORDS, 1)]
+    options = QUICK | {"per_device_train_batch_size": 2, "max_steps": 6, "max_length": 64}
+    plain = finetune(tuned(), build_tokenizer(), records, **options)
+    folder = tmp_path / "encoded"
+    packed = finetune(tuned(), build_tokenizer(), records, packing=True, data_folder=folder, **options)
+    assert packed.padding_fraction < plain.padding_fraction / 2
+    assert packed.losses[-1] < packed.losses[0]
+
+
+def test_preflight_runs_the_longest_batch_and_changes_nothing(capsys):
+    records = [*RECORDS, {"prompt": "a:", "completion": " the cat sat on the mat" * 4}]
+    results = []
+    for preflight in (True, False):
+        torch.manual_seed(0)
+        model = inlay.tune(build_model(), inlay.LoRA(r=2, lora_dropout=0.5))
+        results.append(finetune(model, build_tokenizer(), records, preflight=preflight, **QUICK).losses)
+    assert results[0] == results[1]
+    width = -(-max(len(sample["input_ids"]) for sample in prepare(records, build_tokenizer()).samples) // 8) * 8
+    assert f"the longest batch of this run (5 x {width} tokens) fits" in capsys.readouterr().out
+
+
+def test_a_batch_that_does_not_fit_is_named_before_the_first_step(monkeypatch):
+    model = tuned()
+
+    def no_room(*args, **kwargs):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(model, "forward", no_room)
+    with pytest.raises(RuntimeError, match=r"the longest batch of this run, 5 x 16 tokens, does not fit .* lower"):
+        finetune(model, build_tokenizer(), RECORDS, **QUICK)
+
+
 @pytest.mark.parametrize("sampling", ["random", "group_by_length"])
 def test_resume_gives_identical_results(tmp_path, sampling):
     # Two steps per epoch: the checkpoint at 3 lies in the middle of the second.
@@ -113,7 +146,7 @@ def test_length_grouping_puts_the_longest_sample_first():
     model = tuned()
     model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
     records = [*RECORDS, {"prompt": "the mat " * 9, "completion": "sat"}]
-    finetune(model, build_tokenizer(), records, train_sampling_strategy="group_by_length", **QUICK)
+    finetune(model, build_tokenizer(), records, train_sampling_strategy="group_by_length", preflight=False, **QUICK)
     assert seen[0] == max(seen) > seen[1]
 
 

@@ -21,7 +21,18 @@ from pathlib import Path
 from typing import Any
 
 MODEL_KEYS = frozenset({"model", "gguf_file", "dtype"})
-DATA_KEYS = frozenset({"data", "eval_data", "max_length", "train_on_inputs", "chat_template"})
+DATA_KEYS = frozenset(
+    {
+        "data",
+        "eval_data",
+        "max_length",
+        "train_on_inputs",
+        "chat_template",
+        "packing",
+        "data_folder",
+        "preflight",
+    }
+)
 
 # YAML 1.1 reads 1e-3 as a string, for want of a dot; nobody who writes it means one.
 _FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")

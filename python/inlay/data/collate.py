@@ -31,14 +31,18 @@ class Collator:
         # Any id will do where nothing is ever read; EOS exists for every tokenizer we accept.
         return cls(tokenizer.eos_token_id if pad is None else pad, attention_mask=needs_attention_mask(model))
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         longest = max(len(sample["input_ids"]) for sample in samples)
         width = -(-longest // self.multiple_of) * self.multiple_of
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": _pad(samples, "input_ids", width, self.pad_token_id),
             "labels": _pad(samples, "labels", width, IGNORED),
         }
-        if self.attention_mask:
+        if "position_ids" in samples[0]:  # packed: padding is one more sample, which nothing is learnt from
+            rows = [s["position_ids"] + list(range(width - len(s["position_ids"]))) for s in samples]
+            batch["position_ids"] = torch.tensor(rows)
+            batch["use_cache"] = False  # with a cache transformers does not look for restarts, and samples would mix
+        elif self.attention_mask:
             lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
             batch["attention_mask"] = (torch.arange(width) < lengths[:, None]).long()
         return batch

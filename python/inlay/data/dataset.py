@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from .formats import Example, RecordSource, load_records, parse_records
+from .formats import Example, RecordSource, iter_examples, iter_records
 from .masking import IGNORED, Encoder, Sample
+from .packing import PackedSamples
+from .storage import DiskSamples, SampleWriter
 
 
 @dataclass
@@ -21,12 +28,12 @@ class DataReport:
     tokens: int = 0
     supervised_tokens: int = 0
     longest: int = 0
+    rows: int = 0  # rows the samples were packed into; 0: not packed
 
     def __str__(self) -> str:
         share = 100 * self.supervised_tokens / max(self.tokens, 1)
-        notes = [f"{self.truncated} truncated"] * bool(self.truncated) + [f"{self.dropped} dropped"] * bool(
-            self.dropped
-        )
+        counts = {"truncated": self.truncated, "dropped": self.dropped, "packed rows": self.rows}
+        notes = [f"{count:,} {what}" for what, count in counts.items() if count]
         return (
             f"{self.samples:,} samples from {self.records:,} records ({self.format}), {self.tokens:,} tokens, "
             f"{share:.1f}% supervised, longest {self.longest}" + "".join(f", {note}" for note in notes)
@@ -35,9 +42,9 @@ class DataReport:
 
 @dataclass
 class TrainingData:
-    """A map-style data set of {input_ids, labels}."""
+    """A map-style data set of {input_ids, labels}; packed rows also have position_ids."""
 
-    samples: list[Sample]
+    samples: Sequence[Sample]
     report: DataReport
 
     def __len__(self) -> int:
@@ -45,6 +52,28 @@ class TrainingData:
 
     def __getitem__(self, index: int) -> Sample:
         return self.samples[index]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every sample."""
+        held = getattr(self.samples, "lengths", None)
+        return held if held is not None else [len(sample["input_ids"]) for sample in self.samples]
+
+    @property
+    def packed(self) -> bool:
+        return isinstance(self.samples, PackedSamples)
+
+    def pack(self, max_length: int) -> TrainingData:
+        """The same samples in rows of at most ``max_length`` tokens; see :mod:`inlay.data.packing`."""
+        rows = PackedSamples(self.samples, self.lengths, max_length)
+        return TrainingData(rows, dataclasses.replace(self.report, rows=len(rows)))
+
+    def sha256(self) -> str:
+        """A fingerprint of all samples, in order."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            digest.update(json.dumps(self[index]).encode())
+        return digest.hexdigest()
 
 
 def prepare(
@@ -54,26 +83,50 @@ def prepare(
     max_length: int = 1024,
     train_on_inputs: bool = False,
     chat_template: bool | None = None,
+    folder: str | Path | None = None,
 ) -> TrainingData:
-    """Load, encode and truncate records; drop and count samples that would train on nothing."""
+    """Load, encode and truncate records; drop and count samples that would train on nothing.
+
+    Args:
+        source: a .jsonl, .json or .parquet path, or an iterable of records (a list, a ``datasets.Dataset``).
+        max_length: longer samples are cut, and counted.
+        train_on_inputs: put loss on prompts too. chat_template: see :class:`inlay.data.Encoder`.
+        folder: write the encoded samples there and map them, instead of holding them in memory; with a .jsonl or
+            .parquet source, neither the records nor the samples need to fit.
+
+    Raises:
+        ValueError: a record of no or another format; not one supervised token in all records.
+    """
     if max_length < 2:
         raise ValueError(f"wanted max_length of at least 2, got {max_length}")
     encoder = Encoder(tokenizer, train_on_inputs=train_on_inputs, chat_template=chat_template)
-    records = load_records(source)
-    format_name, examples = parse_records(records, chat=encoder.chat)
-    report = DataReport(format=format_name, records=len(records))
-    samples = []
-    for index, example in enumerate(examples):
+    report = DataReport(format="", records=0)
+    encoded = _encode_all(iter_examples(iter_records(source), chat=encoder.chat), encoder, max_length, report)
+    samples: Sequence[Sample]
+    if folder is None:
+        samples = list(encoded)
+    else:
+        with SampleWriter(folder) as writer:
+            for sample in encoded:
+                writer.append(sample)
+        samples = DiskSamples(folder)
+    if not len(samples):
+        raise ValueError(_nothing_left(report, max_length))
+    return TrainingData(samples, report)
+
+
+def _encode_all(
+    examples: Iterator[tuple[str, Example]], encoder: Encoder, max_length: int, report: DataReport
+) -> Iterator[Sample]:
+    for index, (report.format, example) in enumerate(examples):
+        report.records += 1
         for sample in _encode(encoder, example, index):
             sample = _truncate(sample, max_length, report)
             if supervised_count(sample["labels"]):
-                samples.append(sample)
                 _count(sample, report)
+                yield sample
             else:
                 report.dropped += 1
-    if not samples:
-        raise ValueError(_nothing_left(report, max_length))
-    return TrainingData(samples, report)
 
 
 def _encode(encoder: Encoder, example: Example, index: int) -> list[Sample]:

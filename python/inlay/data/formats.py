@@ -3,9 +3,11 @@
 | format            | keys                              | becomes                                      |
 |-------------------|-----------------------------------|----------------------------------------------|
 | messages          | messages, tools (optional)        | a conversation; assistant turns supervised   |
+| sharegpt          | conversations, tools, system (opt.) | the same, from {"from", "value"} turns     |
 | prompt/completion | prompt, completion                | two strings, or two lists of messages        |
 | alpaca            | instruction, output, input (opt.) | instruction and answer                       |
 | text              | text                              | plain text; every token supervised           |
+| tokenized         | input_ids, labels, attention_mask (opt.) | taken as it is                        |
 
 One set of records has one format. A key that belongs to none of them is an error rather than a
 column that is silently ignored: in practice it is a misspelt `input` or `completion`.
@@ -15,13 +17,13 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 Record = Mapping[str, Any]
-RecordSource = str | Path | Sequence[Record]
+RecordSource = str | Path | Iterable[Record]
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,35 @@ class Plain:
     completion: str
 
 
-Example = Conversation | Plain
+@dataclass(frozen=True)
+class Tokenized:
+    """Tokens that somebody else has encoded; a label of -100 is not supervised."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+Example = Conversation | Plain | Tokenized
 
 # format name -> (required keys, optional keys)
 FORMATS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "messages": (frozenset({"messages"}), frozenset({"tools"})),
+    "sharegpt": (frozenset({"conversations"}), frozenset({"tools", "system"})),
     "prompt/completion": (frozenset({"prompt", "completion"}), frozenset()),
     "alpaca": (frozenset({"instruction", "output"}), frozenset({"input"})),
     "text": (frozenset({"text"}), frozenset()),
+    "tokenized": (frozenset({"input_ids"}), frozenset({"labels", "attention_mask"})),
+}
+
+#: Who speaks, in sharegpt's words, and the role a chat template calls it.
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "tool": "tool",
+    "observation": "tool",
 }
 
 ALPACA_WITH_INPUT = (
@@ -64,27 +87,34 @@ ALPACA_WITHOUT_INPUT = (
 
 
 def load_records(source: RecordSource) -> list[Record]:
-    """Records from a list of dicts, a .jsonl file, or a .json file that holds a list."""
-    if isinstance(source, (str, Path)):
-        return _read_file(Path(source))
-    if isinstance(source, (list, tuple)):
-        return list(source)
-    raise TypeError(
-        f"wanted a path or a list of records, got {type(source).__name__}; "
-        "pass list(dataset) if it is an iterable of dicts"
-    )
+    """All records of a list or iterable of dicts, or of a .jsonl, .json or .parquet file."""
+    return list(iter_records(source))
 
 
-def _read_file(path: Path) -> list[Record]:
+def iter_records(source: RecordSource) -> Iterator[Record]:
+    """Records one at a time; of a .jsonl or .parquet file no more than a few are held in memory."""
+    if isinstance(source, str | Path):
+        yield from _read_file(Path(source))
+    elif isinstance(source, Iterable) and not isinstance(source, Mapping):
+        yield from source
+    else:
+        raise TypeError(
+            f"wanted a path, or an iterable of dicts such as a list or a datasets.Dataset, got {type(source).__name__}"
+        )
+
+
+def _read_file(path: Path) -> Iterator[Record]:
     if not path.is_file():
-        raise FileNotFoundError(f"wanted a .json or .jsonl file of records, got {path}, which does not exist")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        return _read_lines(path, text)
-    if path.suffix != ".json":
-        raise ValueError(f"wanted a .json or .jsonl file, got {path.name}; rename it or convert it to JSONL")
+        raise FileNotFoundError(f"wanted a .jsonl, .json or .parquet file of records, got {path}, which does not exist")
+    readers = {".jsonl": _read_lines, ".json": _read_json, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise ValueError(f"wanted a .jsonl, .json or .parquet file, got {path.name}; rename it or convert it to JSONL")
+    return readers[path.suffix](path)
+
+
+def _read_json(path: Path) -> Iterator[Record]:
     try:
-        records = json.loads(text)
+        records = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path} is not JSON ({error}); a file with one record per line must be called .jsonl"
@@ -94,35 +124,52 @@ def _read_file(path: Path) -> list[Record]:
             f"wanted {path} to hold a list of records, got a {type(records).__name__}; "
             "write [{...}, {...}] or one record per line in a .jsonl file"
         )
-    return records
+    return iter(records)
 
 
-def _read_lines(path: Path, text: str) -> list[Record]:
-    # Not str.splitlines: U+2028 and friends are legal inside a JSON string.
-    records = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error}); write one record per line") from error
-    return records
+def _read_lines(path: Path) -> Iterator[Record]:
+    # newline="\n": U+2028 and friends, where other modes cut lines, are legal inside a JSON string.
+    with path.open(encoding="utf-8", newline="\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error}); write one record per line") from error
 
 
-def parse_records(records: Sequence[Record], *, chat: bool) -> tuple[str, list[Example]]:
+def _read_parquet(path: Path) -> Iterator[Record]:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(f"wanted pyarrow to read {path.name}; pip install pyarrow, or convert it to JSONL") from None
+    for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
+        for record in batch.to_pylist():
+            # A column that other rows use is null here: the record lacks that key.
+            yield {key: value for key, value in record.items() if value is not None}
+
+
+def parse_records(records: Iterable[Record], *, chat: bool) -> tuple[str, list[Example]]:
     """The format's name and one Example per record. `chat`: the tokenizer's chat template is in use."""
-    if not records:
-        raise ValueError("wanted at least one training record, got none; check the data path or the list passed")
-    name = _detect_format(records[0], 0)
+    parsed = list(iter_examples(records, chat=chat))
+    return parsed[0][0], [example for _, example in parsed]
+
+
+def iter_examples(records: Iterable[Record], *, chat: bool) -> Iterator[tuple[str, Example]]:
+    """(format's name, Example) of each record, as they come."""
+    name = None
     for index, record in enumerate(records):
         found = _detect_format(record, index)
+        name = name or found
         if found != name:
             raise ValueError(
                 f"record {index} is in the {found} format, but record 0 is in the {name} format; "
                 "a data set holds one format: split it or convert one of the two"
             )
-    return name, [_parse(name, record, index, chat) for index, record in enumerate(records)]
+        yield name, _parse(name, record, index, chat)
+    if name is None:
+        raise ValueError("wanted at least one training record, got none; check the data path or the list passed")
 
 
 def _detect_format(record: Any, index: int) -> str:
@@ -152,6 +199,10 @@ def _explain_keys(keys: set[str]) -> str:
 def _parse(name: str, record: Record, index: int, chat: bool) -> Example:
     if name == "messages":
         return Conversation(_check_messages(record["messages"], "messages", index), tools=record.get("tools"))
+    if name == "sharegpt":
+        return _parse_sharegpt(record, index)
+    if name == "tokenized":
+        return _parse_tokenized(record, index)
     if name == "prompt/completion":
         return _parse_prompt_completion(record, index, chat)
     if name == "alpaca":
@@ -177,6 +228,33 @@ def _parse_alpaca(record: Record, index: int, chat: bool) -> Example:
         return _dialogue(question, fields["output"])
     template = ALPACA_WITH_INPUT if fields["input"] else ALPACA_WITHOUT_INPUT
     return Plain(template.format(**fields), fields["output"])
+
+
+def _parse_sharegpt(record: Record, index: int) -> Conversation:
+    system = record.get("system")
+    messages = [{"role": "system", "content": system}] if system else []
+    turns = record["conversations"]
+    for position, turn in enumerate(turns if isinstance(turns, list) else ()):
+        speaker = turn.get("from") if isinstance(turn, Mapping) else None
+        if speaker not in SHAREGPT_ROLES or not isinstance(turn.get("value"), str):
+            raise ValueError(
+                f"record {index}, conversations[{position}]: wanted {{'from': one of {sorted(SHAREGPT_ROLES)}, "
+                f"'value': '...'}}, got {turn!r:.80}; write other turns, such as tool calls, in the messages format"
+            )
+        messages.append({"role": SHAREGPT_ROLES[speaker], "content": turn["value"]})
+    return Conversation(_check_messages(messages, "conversations", index), tools=record.get("tools"))
+
+
+def _parse_tokenized(record: Record, index: int) -> Tokenized:
+    ids = record["input_ids"]
+    labels = record.get("labels", ids)
+    mask = record.get("attention_mask", [1] * len(ids))
+    lists = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    for key, values in lists.items():
+        if len(values) != len(ids) or not all(isinstance(value, int) for value in values):
+            raise ValueError(f"record {index}: wanted {len(ids)} whole numbers under {key!r}, got {values!r:.80}")
+    kept = [i for i, seen in enumerate(mask) if seen]  # what a mask hides is padding
+    return Tokenized([ids[i] for i in kept], [labels[i] for i in kept])
 
 
 def _dialogue(question: str, answer: str) -> Conversation:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .formats import Conversation, Example, Plain
+from .formats import Conversation, Example, Plain, Tokenized
 
 IGNORED = -100  # the label of an unsupervised position, everywhere in this field
 
@@ -52,6 +52,9 @@ class Encoder:
         """Usually one sample; one per assistant turn where the template rewrites earlier turns."""
         if isinstance(example, Plain):
             return [self._encode_plain(example)]
+        if isinstance(example, Tokenized):
+            labels = example.input_ids if self.train_on_inputs else example.labels
+            return [{"input_ids": list(example.input_ids), "labels": list(labels)}]
         return [self._encode_pieces(pieces) for pieces in self._split(example)]
 
     # -- plain text -----------------------------------------------------------------------------

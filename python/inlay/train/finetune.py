@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import platform
@@ -13,13 +12,14 @@ from typing import Any
 import torch
 import transformers
 
-from ..data import Collator, TrainingData, prepare, show_mask
+from ..data import Collator, TrainingData, check_samples_stay_apart, prepare, show_mask
 from ..data.formats import RecordSource
 from ..model import state_of
 from ..nn.head import FusedCausalLoss
 from ..tune import tune
 from .arguments import training_arguments as build_arguments
 from .memory import PeakMemory
+from .preflight import Preflight
 from .trainer import Trainer
 
 
@@ -55,6 +55,9 @@ def finetune(
     max_length: int = 1024,
     train_on_inputs: bool = False,
     chat_template: bool | None = None,
+    packing: bool = False,
+    data_folder: str | Path | None = None,
+    preflight: bool = True,
     callbacks: list[Any] | None = None,
     **training_arguments: Any,
 ) -> FinetuneResult:
@@ -72,13 +75,17 @@ def finetune(
         train_on_inputs: put loss on prompts too, not on completions only.
         chat_template: None uses the tokenizer's template where it has one; False joins prompt and
             completion as they are.
+        packing: put several samples in a row of `max_length` tokens, none of which sees another (tried before
+            training). Saves the padding of samples of unequal length.
+        data_folder: keep the encoded samples in files there instead of in memory.
+        preflight: run the longest batch before the first step, so that one too long for the memory shows at once.
         callbacks: transformers TrainerCallbacks.
         **training_arguments: names of transformers.TrainingArguments. Without `output_dir`
             nothing is written. `resume_from_checkpoint` takes a path, or True for the newest one.
 
     Raises:
         TypeError: an unknown argument, or a model that cannot be trained this way.
-        ValueError: no supervised token in the data or in a batch.
+        ValueError: no supervised token in the data or in a batch; packing with an attention that mixes samples.
         RuntimeError, FloatingPointError: a missing or non-finite gradient after the first step; a
             non-finite loss.
     """
@@ -86,7 +93,10 @@ def finetune(
     arguments = _training_arguments(training_arguments)
     model = _tuned(model, method, base)
     options = {"max_length": max_length, "train_on_inputs": train_on_inputs, "chat_template": chat_template}
-    train_data = _prepared(data, tokenizer, options)
+    train_data = _prepared(data, tokenizer, options | {"folder": data_folder})
+    if packing:
+        check_samples_stay_apart(model)
+        train_data = train_data.pack(max_length)
     held_out = None if eval_data is None else _prepared(eval_data, tokenizer, options)
     collator = Collator.for_model(model, tokenizer)
     trainer = Trainer(
@@ -100,6 +110,8 @@ def finetune(
         pad_token_id=collator.pad_token_id,
         inlay_optimizer="optim" not in training_arguments,
     )
+    if preflight and arguments.world_size == 1:
+        trainer.add_callback(Preflight(trainer))
     if trainer.is_world_process_zero():
         _announce(model, tokenizer, train_data, held_out, train_on_inputs)
     return run(trainer, save="output_dir" in training_arguments, resume_from_checkpoint=resume)
@@ -178,7 +190,6 @@ def _loss_in_force(model: Any) -> str:
 
 def _write_record(trainer: Trainer, result: FinetuneResult) -> None:
     """inlay_run.json: what it takes to repeat the run."""
-    samples = trainer.train_dataset.samples
     record = {
         "versions": {
             "python": platform.python_version(),
@@ -187,7 +198,7 @@ def _write_record(trainer: Trainer, result: FinetuneResult) -> None:
         },
         "arguments": trainer.args.to_dict(),
         "data": vars(trainer.train_dataset.report),
-        "data_sha256": hashlib.sha256(json.dumps(samples).encode()).hexdigest(),
+        "data_sha256": trainer.train_dataset.sha256(),
         "result": vars(result),
     }
     path = Path(trainer.args.output_dir) / "inlay_run.json"

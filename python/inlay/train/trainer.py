@@ -68,9 +68,10 @@ class Trainer(transformers.Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(dataset)
-        lengths = [len(sample["input_ids"]) for sample in dataset]
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthGroupedSampler(lengths, self.args.train_batch_size * self.args.gradient_accumulation_steps, seed)
+        return LengthGroupedSampler(
+            dataset.lengths, self.args.train_batch_size * self.args.gradient_accumulation_steps, seed
+        )
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         self._count(inputs)
