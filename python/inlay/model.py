@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .bases import BaseConfig
+from .bases import BaseConfig, QuantizedWeight
+from .integrations.trl import watch
 from .methods import Method
 from .nn.head import remove_head
 from .nn.mixed import Mixed, mix, unmix
 from .nn.partial import install_partial_backprop
 from .nn.tuned_linear import TunedLinear
+from .sharding import any_sharded, is_sharded
 
 STATE_ATTRIBUTE = "inlay_state"
 _SAMPLED_WEIGHTS, _SAMPLED_VALUES = 4, 16
+_DDP_LIST, _DDP_OURS = "_ddp_params_and_buffers_to_ignore", "_inlay_kept_from_ddp"
 
 
 @dataclass
@@ -67,10 +70,15 @@ def sample_weights(model: nn.Module, names: list[str], every: bool = False) -> d
         weight = model.get_submodule(name).weight
         if weight.device.type == "meta":
             continue
-        flat = weight.detach().reshape(-1)
-        positions = torch.arange(_SAMPLED_VALUES, device=flat.device) * max(1, flat.numel() // _SAMPLED_VALUES)
-        sample[name] = flat[positions.clamp(max=flat.numel() - 1)].float().tolist()
+        sample[name] = sample_of(weight)
     return sample
+
+
+def sample_of(weight: Tensor) -> list[float]:
+    """Some evenly spaced values of ``weight``, in fp32."""
+    flat = weight.detach().reshape(-1)
+    positions = torch.arange(_SAMPLED_VALUES, device=flat.device) * max(1, flat.numel() // _SAMPLED_VALUES)
+    return flat[positions.clamp(max=flat.numel() - 1)].float().tolist()
 
 
 class TunedModel(Mixed):
@@ -82,14 +90,26 @@ class TunedModel(Mixed):
         total = sum(p.numel() for p in self.parameters())
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
+    def print_tuned_modules(self) -> None:
+        """Print every kind of weight with its base and how many of it are tuned; see :mod:`inlay.coverage`."""
+        from .coverage import coverage_table
+
+        print(coverage_table(self))
+
     def save_pretrained(
         self, save_directory: str, is_main_process: bool = True, state_dict: dict[str, Tensor] | None = None, **kwargs
     ) -> None:
         """Write the active adapter to ``save_directory``; see :func:`inlay.adapters.save_adapter`."""
         from .adapters.save import save_adapter
 
-        if is_main_process:
+        if is_main_process or (state_dict is None and any_sharded(self)):  # which every process has to gather
             save_adapter(self, save_directory, state_dict=state_dict)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """As ``nn.Module.train``; ValueError if an in-place delta's base has been sharded since."""
+        if mode:
+            check_in_place(self)
+        return super().train(mode)
 
     def set_adapter(self, adapter_name: str | list[str]) -> None:
         """Make these adapters the active, trainable ones; the others stay loaded, frozen."""
@@ -105,6 +125,7 @@ class TunedModel(Mixed):
                 delta.requires_grad_(name in names)
             module.sync()
         install_partial_backprop(self)
+        keep_from_ddp(self)
 
     def active_adapters(self) -> list[str]:
         """Names of the active adapters."""
@@ -139,6 +160,18 @@ class TunedModel(Mixed):
 
         load(self, directory, name=adapter_name, **kwargs)
 
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """Add the weighted sum of ``adapters``; see :func:`inlay.adapters.add_weighted_adapter`."""
+        from .adapters.combine import add_weighted_adapter
+
+        add_weighted_adapter(self, adapters, weights, adapter_name)
+
+    def hotswap_adapter(self, directory: str, adapter_name: str = "default") -> None:
+        """Put the values of the adapter in ``directory`` into a loaded one; see :func:`inlay.adapters.hotswap`."""
+        from .adapters.load import hotswap
+
+        hotswap(self, directory, adapter_name)
+
 
 def make_tuned(model: nn.Module, state: TuneState) -> nn.Module:
     """Give ``model`` its tune state and the methods of :class:`TunedModel`."""
@@ -146,7 +179,7 @@ def make_tuned(model: nn.Module, state: TuneState) -> nn.Module:
         setattr(model, STATE_ATTRIBUTE, state)
         mix(model, TunedModel)
         handle = model.register_load_state_dict_post_hook(_check_loaded_keys)
-        state.handles.append(handle)
+        state.handles += [handle, watch(model)]
     return model
 
 
@@ -158,7 +191,20 @@ def make_plain(model: nn.Module) -> nn.Module:
     remove_head(model)
     for module in model.modules():
         unmix(module)
+    keep_from_ddp(model)
     return model
+
+
+def keep_from_ddp(model: nn.Module) -> None:
+    """Tell DDP not to broadcast what is the same everywhere: packed weights at the start, and at every forward the
+    buffers of deltas (indices, original values). Names that someone else put on its list stay."""
+    listed = set(getattr(model, _DDP_LIST, ())) - set(getattr(model, _DDP_OURS, ()))
+    ours = [name for name, _ in model.named_buffers() if ".deltas." in name]
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedWeight):
+            ours += [f"{name}.{key}" for key in module.storage.names if getattr(module, key) is not None]
+    setattr(model, _DDP_OURS, ours)
+    setattr(model, _DDP_LIST, sorted(listed.union(ours)))
 
 
 def _check_loaded_keys(model: nn.Module, incompatible: Any) -> None:
@@ -170,6 +216,16 @@ def _check_loaded_keys(model: nn.Module, incompatible: Any) -> None:
             "another method or other targets: tune the model as it was tuned then, or inlay.load the adapter"
         )
     incompatible.missing_keys.clear()
+
+
+def check_in_place(model: nn.Module) -> None:
+    """Raise ValueError if a base weight that a delta writes into is gathered anew for each use."""
+    for name, module in tuned_linears(model).items():
+        if any(delta.in_place for delta in module.deltas.values()) and is_sharded(module.weight):
+            raise ValueError(
+                f'{name}: update="in_place" writes into the base weight, and FSDP2 gathers another copy of it for the '
+                'backward; use update="additive" with FSDP2, or DDP'
+            )
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .bases import BaseConfig, QuantizedWeight, convert_model
+from .coverage import warn_about_experts
 from .deltas import Delta
 from .methods import Calibration, Method
 from .model import TuneState, disabled, make_tuned, sample_weights, state_of
@@ -68,6 +69,7 @@ def tune(
     deltas = {name: build(model.get_submodule(name)) for name, build in builders.items()}
     check_base_fits(model, method, deltas, config)
     sample = sample_weights(model, list(deltas))
+    warn_about_experts(model)
     if config is not None:
         method.quantize(model, config, deltas)
     return attach(
@@ -145,8 +147,9 @@ def check_base_fits(model: nn.Module, method: Method, deltas: dict[str, Delta], 
             )
 
 
-def check_tunable(model: nn.Module, name: str) -> None:
-    """Raise ValueError if a delta on the linear ``name`` would do nothing or something wrong."""
+def check_tunable(model: nn.Module, name: str, loaded: bool = True) -> None:
+    """Raise ValueError if a delta on the linear ``name`` would do nothing or something wrong, or has no weight yet
+    where the model should be ``loaded``."""
     module = model.get_submodule(name)
     if isinstance(module, TunedLinear | QuantizedWeight):
         return
@@ -158,7 +161,7 @@ def check_tunable(model: nn.Module, name: str) -> None:
             f"{name}: its weight is computed from others (a parametrization or pruning); make it a plain Parameter, "
             "with torch.nn.utils.parametrize.remove_parametrizations or prune.remove, before tune"
         )
-    if weight.device.type == "meta":
+    if loaded and weight.device.type == "meta":
         raise ValueError(f"{name} is on the meta device: load its weights before tune")
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(

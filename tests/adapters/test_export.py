@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_export_by_name(tmp_path):
 
 def test_refusals(tmp_path):
     tuned = trained(BY_NAME["llama"], ratio=0.2)
-    with pytest.raises(ValueError, match=r"format: wanted one of \('peft-lora',\), got 'gguf'"):
+    with pytest.raises(ValueError, match=r"format: wanted one of \('peft-lora', 'vllm-lora'\), got 'gguf'"):
         inlay.export(tuned, tmp_path, format="gguf")
     with pytest.raises(ValueError, match="no adapter 'x'; there are \\['default'\\]"):
         inlay.export(tuned, tmp_path, name="x")
@@ -134,3 +135,34 @@ def test_an_untrained_adapter_is_not_exported(tmp_path):
     with pytest.raises(ValueError, match="NaN"):
         inlay.export(tuned, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_vllm_gets_a_rank_it_has_and_the_same_answers(tmp_path, capsys):
+    tuned = trained(BY_NAME["llama"], channels={"o_proj": 8, "down_proj": 11})
+    inlay.export(tuned, tmp_path, format="vllm-lora")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["modules_to_save"]) == (16, 16, None)
+    assert "--max-lora-rank 16" in capsys.readouterr().out
+    peft = PeftModel.from_pretrained(llama(), str(tmp_path)).eval()
+    assert_close(eval_logits(peft, text_batch(0)), eval_logits(tuned, text_batch(0)), atol=1e-5, what="logits")
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [
+        ("gpt2", {"ratio": 0.2}, "is a Conv1D, for whose models vLLM has no LoRA"),
+        ("t5", {"ratio": 0.2}, "wanted a decoder-only language model"),
+        ("bert", {"ratio": 0.2}, "wanted a decoder-only language model"),
+        ("llama", {"target_modules": ["lm_head"], "ratio": 0.2}, "is the output head"),
+    ],
+)
+def test_what_vllm_would_not_serve_is_refused_with_the_reason(family, options, reason, tmp_path):
+    with pytest.raises(ValueError, match=f"vllm-lora: .*{reason}"):
+        inlay.export(trained(BY_NAME[family], **options), tmp_path / "out", format="vllm-lora")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_vllm_does_not_have_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["inlay.adapters.export"], "VLLM_RANKS", (1, 8))
+    with pytest.raises(ValueError, match="wanted a rank of at most 8, got"):
+        inlay.export(trained(BY_NAME["llama"], channels={"o_proj": 8, "down_proj": 11}), tmp_path, format="vllm-lora")

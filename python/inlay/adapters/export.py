@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +13,10 @@ from ..model import require_state, tuned_linears
 from .files import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME, peft_keys, read_json, write_files
 from .save import check_worth_saving
 
-FORMATS = ("peft-lora",)
+FORMATS = ("peft-lora", "vllm-lora")
+
+#: The ranks that vLLM's max_lora_rank can be set to (vllm/config/lora.py).
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @torch.no_grad()
@@ -22,12 +26,15 @@ def export(model: nn.Module, directory: str | Path, *, format: str = "peft-lora"
     Ranks are zero-padded to the largest, and ``lora_alpha = r``, so that PEFT's scaling is 1.
 
     Args:
+        format: "peft-lora"; or "vllm-lora", the same files, checked against vLLM's rules first, with the rank padded
+            to the next one that vLLM has (1, 8, 16, 32, 64, 128, 256, 320, 512): start it with that max_lora_rank.
         name: which adapter; the active one if None.
 
     Raises:
         TypeError: the model is not tuned.
         ValueError: unknown format; not one adapter; a delta that no LoRA factors express exactly; values that are
-            not finite, or all untrained; or a directory that holds an adapter saved by inlay, which would be lost.
+            not finite, or all untrained; what vLLM would refuse or silently ignore; or a directory that holds an
+            adapter saved by inlay, which would be lost.
     """
     if format not in FORMATS:
         raise ValueError(f"format: wanted one of {FORMATS}, got {format!r}")
@@ -43,6 +50,8 @@ def export(model: nn.Module, directory: str | Path, *, format: str = "peft-lora"
     linears = {path: module for path, module in tuned_linears(model).items() if name in module.deltas}
     factors = {path: exact_factors(path, module.deltas[name]) for path, module in linears.items()}
     rank = max(a.shape[0] for a, _ in factors.values())
+    if format == "vllm-lora":
+        rank = vllm_rank(model, linears, rank)
     tensors = {}
     for path, (a, b) in factors.items():
         tensors[f"{KEY_PREFIX}{path}.lora_A.weight"] = _pad(a, 0, rank)
@@ -53,6 +62,28 @@ def export(model: nn.Module, directory: str | Path, *, format: str = "peft-lora"
     )
     config = lora_config(model, rank, list(linears), transposed)
     write_files(Path(directory), {WEIGHTS_NAME: tensors, CONFIG_NAME: config})
+    if format == "vllm-lora":
+        print(f"inlay: rank {rank}; serve it with vLLM's --enable-lora --max-lora-rank {rank}")
+
+
+def vllm_rank(model: nn.Module, linears: Mapping[str, nn.Module], rank: int) -> int:
+    """The rank vLLM needs for this adapter; ValueError with the reason if vLLM would not serve it.
+
+    Source: vllm/lora/peft_helper.py and vllm/lora/models.py.
+    """
+    if rank > VLLM_RANKS[-1]:
+        raise ValueError(
+            f"vllm-lora: wanted a rank of at most {VLLM_RANKS[-1]}, got {rank} (the most channels of one linear); "
+            "merge instead, or train fewer channels per linear"
+        )
+    if not hasattr(model, "prepare_inputs_for_generation") or getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"vllm-lora: wanted a decoder-only language model, got {type(model).__name__}; merge instead")
+    for path, module in linears.items():
+        if is_conv1d(module.plain_holder[0]):
+            raise ValueError(f"vllm-lora: {path} is a Conv1D, for whose models vLLM has no LoRA; merge instead")
+        if model.get_submodule(path) is model.get_output_embeddings():
+            raise ValueError(f"vllm-lora: {path} is the output head, which vLLM leaves as it is; merge instead")
+    return next(r for r in VLLM_RANKS if r >= rank)
 
 
 def exact_factors(path: str, delta: nn.Module) -> tuple[Tensor, Tensor]:

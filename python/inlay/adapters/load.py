@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..bases import BaseConfig
 from ..deltas import STORED_KEYS
 from ..methods import METHODS, Method
-from ..model import sample_weights, state_of
+from ..model import require_state, sample_of, sample_weights, state_of, tuned_linears
 from ..tune import DEFAULT_ADAPTER, adopt_bitsandbytes, attach, check_base_fits, check_tunable
 from .files import CONFIG_NAME, FORMAT_VERSION, KEY_PREFIX, WEIGHTS_NAME, read_json, read_tensors
 
@@ -75,6 +75,42 @@ def load(
     return model
 
 
+@torch.no_grad()
+def hotswap(model: nn.Module, directory: str | Path, name: str = DEFAULT_ADAPTER) -> nn.Module:
+    """Put the values and channels of the adapter in ``directory`` into adapter ``name``, in the same memory.
+
+    Nothing is built anew: compiled models need no recompiling, optimizers and CUDA graphs keep their tensors.
+
+    Raises:
+        TypeError: the model is not tuned.
+        ValueError: no such adapter, or the files hold another method, other linears or other shapes; nothing changed.
+    """
+    directory = Path(directory)
+    state = require_state(model, "hotswap")
+    if name not in state.methods:
+        raise ValueError(f"no adapter {name!r}; there are {sorted(state.methods)}")
+    config = read_json(directory / CONFIG_NAME)
+    method, old = method_of(config, directory), state.methods[name]
+    grouped = group_by_module(read_tensors(directory / WEIGHTS_NAME), directory)
+    linears = {path: module for path, module in tuned_linears(model).items() if name in module.deltas}
+    if type(method) is not type(old) or grouped.keys() != linears.keys():
+        got = f"{type(method).__name__} on {len(grouped)} linears"
+        raise ValueError(
+            f"{directory}: wanted {type(old).__name__} on the same {len(linears)} linears to swap in, got {got}"
+        )
+    _check_base(model, config["inlay"].get("base_sample") or {})
+    modules = {path: linear.plain_holder[0] for path, linear in linears.items()}
+    for linear in linears.values():
+        linear.restore_base()
+    deltas = {path: method.restore(modules[path], held, path) for path, held in grouped.items()}
+    for path, delta in deltas.items():
+        linears[path].deltas[name].check_swap(delta, path)
+    for path, delta in deltas.items():
+        linears[path].swap_delta(name, delta)
+    state.methods[name] = method
+    return model
+
+
 def _check_same_quantization(method: Method, base: BaseConfig | None, recorded: dict[str, Any] | None) -> None:
     """A base that was chosen together with the adapter is part of it."""
     if not method.needs_base or recorded is None:
@@ -125,12 +161,22 @@ def _check_base(model: nn.Module, sample: dict[str, list[float]]) -> None:
     here = state.base_sample if state is not None and all(n in state.base_sample for n in names) else None
     here = here if here is not None else sample_weights(model, names, every=True)
     for name in names:
-        wanted, got = torch.tensor(sample[name]), torch.tensor(here.get(name, []))
-        if wanted.shape != got.shape:
-            continue
-        distance = (wanted - got).abs().mean() / wanted.square().mean().sqrt().clamp_min(1e-12)
-        if not distance <= _OTHER_BASE:
-            raise ValueError(
-                f"this is not the base the adapter was trained on: {name}.weight differs by {float(distance):.2f} of "
-                "its size; load the right base, or pass check_base=False if you mean it"
-            )
+        _compare(name, sample[name], here.get(name, []))
+
+
+def check_sample(name: str, sampled: list[float] | None, weight: Tensor) -> None:
+    """ValueError if ``sampled`` values of the base an adapter was trained on are not those of ``weight``, as stored."""
+    if sampled is not None:
+        _compare(name, sampled, sample_of(weight))
+
+
+def _compare(name: str, sampled: list[float], here: list[float]) -> None:
+    wanted, got = torch.tensor(sampled), torch.tensor(here)
+    if wanted.shape != got.shape:
+        return
+    distance = (wanted - got).abs().mean() / wanted.square().mean().sqrt().clamp_min(1e-12)
+    if not distance <= _OTHER_BASE:
+        raise ValueError(
+            f"this is not the base the adapter was trained on: {name}.weight differs by {float(distance):.2f} of "
+            "its size; load the right base, or pass check_base=False if you mean it"
+        )

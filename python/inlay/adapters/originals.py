@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class Originals:
     def __init__(self, directory: Path, prefix: str = "") -> None:
         """``prefix``: what heads put before the names of their base model, e.g. "model"."""
         self.directory, self.prefix = directory, prefix
-        self._files = _shards(directory)
+        self._files = checkpoint_files(directory)
         self._open: dict[Path, Any] = {}
 
     def has(self, name: str) -> bool:
@@ -55,8 +56,7 @@ class Originals:
         return weight
 
     def _key(self, name: str) -> str | None:
-        names = [name, name.removeprefix(f"{self.prefix}."), f"{self.prefix}.{name}"]
-        return next((f"{n}.weight" for n in names if f"{n}.weight" in self._files), None)
+        return stored_name(name, self.prefix, self._files)
 
     def _shard(self, key: str) -> Any:
         file = self._files[key]
@@ -102,13 +102,19 @@ def _local(recorded: str | None) -> Path | None:
         return None
 
 
-def _shards(directory: Path) -> dict[str, Path]:
-    """File by tensor name."""
+def stored_name(name: str, prefix: str, keys: Collection[str]) -> str | None:
+    """The key of the weight of linear ``name`` in a checkpoint, which may lack or have its model's ``prefix``."""
+    names = [name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"]
+    return next((f"{n}.weight" for n in names if f"{n}.weight" in keys), None)
+
+
+def checkpoint_files(directory: Path) -> dict[str, Path]:
+    """The safetensors file of each tensor of a checkpoint; ValueError if there is none."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         return {key: directory / file for key, file in json.loads(index.read_text())["weight_map"].items()}
     single = directory / "model.safetensors"
     if not single.is_file():
-        raise ValueError(f"originals: wanted a directory with model.safetensors, found none in {directory}")
+        raise ValueError(f"wanted a directory with model.safetensors, found none in {directory}")
     with safe_open(str(single), framework="pt") as file:
         return {key: single for key in file.keys()}  # noqa: SIM118 (no iterator)

@@ -8,7 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..model import TuneState, require_state, tuned_linears
+from ..deltas import Delta
+from ..model import TuneState, check_in_place, require_state, tuned_linears
+from ..nn.probe import shallow
+from ..sharding import any_sharded, whole, writes_here
 from ..version import __version__
 from .files import (
     CARD_NAME,
@@ -39,7 +42,10 @@ def save_adapter(
     """
     state = require_state(model, "save_pretrained")
     name = name if name is not None else _single_active(state)
+    check_in_place(model)
     tensors, resume = collect(model, name, state_dict)
+    if not writes_here() and state_dict is None and any_sharded(model):
+        return  # this process was needed to gather
     check_worth_saving(model, name, tensors, checkpoint=Path(directory).name.startswith("checkpoint-"))
     method = state.methods[name]
     config = {
@@ -61,7 +67,7 @@ def save_adapter(
 def collect(
     model: nn.Module, name: str, state_dict: dict[str, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The adapter's tensors by adapter-file key, and by state-dict key."""
+    """The adapter's tensors by adapter-file key, and by state-dict key; gathered where they are sharded."""
     tensors, resume = {}, {}
     for path, module in tuned_linears(model).items():
         if name not in module.deltas:
@@ -69,7 +75,7 @@ def collect(
         delta = module.deltas[name]
         for key, tensor in delta.tensors().items():
             full = f"{path}.deltas.{name}.{delta.stored[key]}"
-            value = (state_dict or {}).get(full, tensor)
+            value = whole((state_dict or {}).get(full, tensor))
             tensors[f"{KEY_PREFIX}{path}.{key}"] = value
             resume[full] = value
     return tensors, resume
@@ -89,12 +95,24 @@ def check_worth_saving(model: nn.Module, name: str, tensors: dict[str, Tensor], 
             raise ValueError(
                 f"{key} holds NaN or infinity: training diverged; lower the learning rate or resume earlier"
             )
-    deltas = {p: m.deltas[name] for p, m in tuned_linears(model).items() if name in m.deltas}
+    deltas = {p: _holding(m.deltas[name], p, tensors) for p, m in tuned_linears(model).items() if name in m.deltas}
     still = [path for path, delta in deltas.items() if not delta.changes_anything()]
     if len(still) == len(deltas) and not checkpoint:
         raise ValueError(f"adapter {name!r} changes nothing: all its values are untrained; train before saving")
     if still:
         warnings.warn(f"adapter {name!r} changes nothing at {len(still)} linears, first {still[0]}", stacklevel=3)
+
+
+def _holding(delta: Delta, path: str, tensors: dict[str, Tensor]) -> Delta:
+    """``delta`` with the values that are to be saved, which may have been gathered."""
+    held = shallow(delta, {}, {})
+    for key, attribute in delta.stored.items():
+        value = tensors.get(f"{KEY_PREFIX}{path}.{key}")
+        if value is None:  # exported under other names
+            return delta
+        kind = "_buffers" if attribute in delta._buffers else "_parameters"
+        held.__dict__[kind] = {**held.__dict__[kind], attribute: value}
+    return held
 
 
 def _single_active(state: TuneState) -> str:

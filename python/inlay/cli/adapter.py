@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def add_parsers(commands: Any) -> None:
     export = commands.add_parser("export", help="write the adapter in another library's format")
     add_model_arguments(export, adapter=True)
     export.add_argument("--output", required=True, help="folder to write")
-    export.add_argument("--format", default="peft-lora", help="peft-lora (default)")
+    export.add_argument("--format", default="peft-lora", help="peft-lora (default) or vllm-lora")
     export.set_defaults(run=run_export)
 
     verify = commands.add_parser("verify", help="compare a merged model with base + adapter; status 1 over tolerance")
@@ -36,8 +37,13 @@ def add_parsers(commands: Any) -> None:
 
 
 def run_merge(args: argparse.Namespace) -> None:
-    from ..adapters import merge
+    from ..adapters import merge, merge_files
 
+    args = fill_from_config(args)
+    if args.adapter is not None and args.gguf_file is None and args.dtype in (None, "auto") and _is_dense(args.model):
+        merge_files(args.model, args.adapter, args.output)
+        print(f"inlay: merged model saved in {args.output}")
+        return
     model, tokenizer = _load_tuned(args)
     merge(model).save_pretrained(_new_folder(args.output))
     tokenizer.save_pretrained(args.output)
@@ -73,6 +79,17 @@ def _load_tuned(args: argparse.Namespace) -> tuple[Any, Any]:
         raise ValueError("wanted an adapter, got none; pass --adapter FOLDER or a training config with output_dir")
     model, tokenizer = load_model(args.model, args.gguf_file, args.dtype)
     return load(model, args.adapter).eval(), tokenizer
+
+
+def _is_dense(model: str) -> bool:
+    """Whether ``model`` is a folder with a dense checkpoint in safetensors, which needs no model to be merged into."""
+    folder = Path(model)
+    config = folder / "config.json"
+    return (
+        any(folder.glob("*.safetensors"))
+        and config.is_file()
+        and "quantization_config" not in json.loads(config.read_text(encoding="utf-8"))
+    )
 
 
 def _new_folder(path: str) -> str:

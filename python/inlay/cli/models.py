@@ -31,8 +31,10 @@ def fill_from_config(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def load_model(path: str, gguf_file: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
-    """The causal language model and its tokenizer. A GGUF file is dequantized."""
+    """The causal language model, dense or quantized, and its tokenizer. A GGUF file is dequantized."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..integrations.quantizer import from_pretrained
 
     options: dict[str, Any] = {"dtype": torch_dtype(dtype)}
     if gguf_file is not None:
@@ -44,7 +46,9 @@ def load_model(path: str, gguf_file: str | None = None, dtype: str | None = None
             # A GGUF file has no dtype of its own to dequantize to.
             options["dtype"] = torch_dtype("fast")
         options |= {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-    model = AutoModelForCausalLM.from_pretrained(path, **options)
+        model = AutoModelForCausalLM.from_pretrained(path, **options)
+    else:  # ours, so that a checkpoint that bitsandbytes quantized needs no bitsandbytes
+        model = from_pretrained(path, auto_class=AutoModelForCausalLM, **options)
     tokenizer = AutoTokenizer.from_pretrained(path, **({"gguf_file": gguf_file} if gguf_file else {}))
     return model, tokenizer
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -82,6 +82,34 @@ class Delta(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """What an adapter file stores of this delta, by key in the file."""
         return {key: getattr(self, attribute).detach() for key, attribute in self.stored.items()}
+
+    @classmethod
+    def combine(cls, parts: Sequence[tuple[float, Delta]], where: str) -> Delta:
+        """A delta whose ``ΔW`` is ``Σ weight·ΔW`` of ``parts``, all of this class; ``where`` names the linear.
+
+        Raises:
+            ValueError: deltas of this kind do not add up, or these do not.
+        """
+        raise ValueError(f"{where}: a {cls.__name__} is part of its base weight; merge it instead of adding it up")
+
+    def check_swap(self, other: Delta, where: str) -> None:
+        """ValueError unless the tensors of ``other`` fit into those of this delta."""
+        mine = {key: tuple(tensor.shape) for key, tensor in self.tensors().items()}
+        theirs = {key: tuple(tensor.shape) for key, tensor in other.tensors().items()}
+        if type(self) is not type(other) or self.structure() != other.structure() or mine != theirs:
+            raise ValueError(
+                f"{where}: wanted a {type(self).__name__} with tensors {mine} to swap in, got a "
+                f"{type(other).__name__} with {theirs}"
+            )
+
+    def structure(self) -> Any:
+        """What, beside shapes, two deltas must share to take each other's tensors."""
+        return None
+
+    def take(self, other: Delta) -> None:
+        """Take the tensors of ``other``, which :meth:`check_swap` found to fit, into this delta's own memory."""
+        for attribute in self.stored.values():
+            getattr(self, attribute).data.copy_(getattr(other, attribute))
 
     def load(self, tensors: Mapping[str, Tensor], where: str) -> Delta:
         """Take the values of an adapter file's ``tensors``; returns self.

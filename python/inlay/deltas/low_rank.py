@@ -6,6 +6,7 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,6 +57,26 @@ class LowRankDelta(Delta):
 
     def weight_delta(self) -> Tensor:
         return self.scale * (self.lora_B.detach() @ self.lora_A.detach())
+
+    @classmethod
+    def combine(cls, parts: Sequence[tuple[float, Delta]], where: str) -> Delta:
+        """The factors side by side: ``[s₁w₁B₁ s₂w₂B₂]·[A₁; A₂]``, of scale 1."""
+        deltas: list[Any] = [delta for _, delta in parts]
+        like = deltas[0].lora_A.new_empty(1).expand(deltas[0].out_features, deltas[0].in_features)
+        made = cls(like, sum(delta.lora_A.shape[0] for delta in deltas), 1.0, generator=torch.Generator())
+        with torch.no_grad():
+            made.lora_A.copy_(torch.cat([delta.lora_A for delta in deltas]))
+            made.lora_B.copy_(torch.cat([weight * delta.scale * delta.lora_B for weight, delta in parts], dim=1))
+        return made
+
+    def structure(self) -> Any:
+        return self.scale
+
+    def pad(self, r: int) -> None:
+        """Grow to rank ``r`` with zeros, which changes nothing."""
+        missing = r - self.lora_A.shape[0]
+        self.lora_A = nn.Parameter(nn.functional.pad(self.lora_A.detach(), (0, 0, 0, missing)))
+        self.lora_B = nn.Parameter(nn.functional.pad(self.lora_B.detach(), (0, missing)))
 
     def changes_anything(self) -> bool:
         return bool(self.lora_B.detach().any())

@@ -5,7 +5,7 @@ Source: Yang et al., "S²FT: Efficient, Scalable and Generalizable LLM Fine-tuni
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -88,6 +88,29 @@ class SubmatrixDelta(Delta):
 
     def changes_anything(self) -> bool:
         return bool(self.change().any())
+
+    @classmethod
+    def combine(cls, parts: Sequence[tuple[float, Delta]], where: str) -> Delta:
+        """The union of the channels."""
+        deltas = [delta for _, delta in parts]
+        if cls.owns_base or any(type(delta) is not SubmatrixDelta for delta in deltas):
+            return super().combine(parts, where)
+        first: Any = deltas[0]
+        if len({delta.side for delta in deltas}) > 1:
+            raise ValueError(
+                f"{where}: one adapter trains input channels and another output channels; they cannot add up"
+            )
+        union = torch.cat([delta.s2ft_indices for delta in deltas]).unique(sorted=True)
+        like = first.s2ft_values.new_empty(1).expand(first.out_features, first.in_features)
+        made = SubmatrixDelta(like, union, first.side, where)
+        with torch.no_grad():
+            for weight, delta in parts:
+                places = torch.searchsorted(union, delta.s2ft_indices)
+                made.s2ft_values.index_add_(made.dim, places, delta.s2ft_values.detach(), alpha=weight)
+        return made
+
+    def structure(self) -> Any:
+        return self.side
 
     def load(self, tensors: Mapping[str, Tensor], where: str) -> Delta:
         super().load(tensors, where)

@@ -60,10 +60,26 @@ class Method:
         """Build the delta of ``module`` from an adapter file's ``tensors``."""
         raise NotImplementedError(f"{type(self).__name__} must define restore(module, tensors, where)")
 
+    @classmethod
+    def combine(
+        cls, methods: Sequence[Method], weights: Sequence[float], parts: Sequence[Mapping[str, Delta]]
+    ) -> tuple[Method, dict[str, Delta]]:
+        """One method and its deltas for the weighted sum of adapters; ``parts``: each one's deltas by linear."""
+        names = list(dict.fromkeys(name for deltas in parts for name in deltas))
+        deltas = {}
+        for name in names:
+            here = [(weight, held[name]) for weight, held in zip(weights, parts, strict=True) if name in held]
+            deltas[name] = type(here[0][1]).combine(here, name)
+        return dataclasses.replace(methods[0]), deltas
+
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON-able values."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
         return {k: list(v) if isinstance(v, tuple | set) else v for k, v in values.items()}
+
+    def without_data(self) -> Method:
+        """A method that makes deltas of the same shapes without looking at a weight or at data: for estimates."""
+        return self
 
     @property
     def needs_base(self) -> str:

@@ -8,7 +8,7 @@ Finetuning of Quantized LLMs", 2023; Kalajdzievski, "A Rank Stabilization Scalin
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -74,6 +74,9 @@ class LoRA(Method):
     def restore(self, module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Delta:
         return self._build(module, where=where).load(tensors, where)
 
+    def without_data(self) -> Method:
+        return replace(self, init="default")
+
     @property
     def needs_base(self) -> str:
         return 'init="loftq"' if self.init == "loftq" else ""
@@ -92,6 +95,17 @@ class LoRA(Method):
         ours = ("init", "loftq_iterations", "seed")
         fields = {key: value for key, value in self.to_dict().items() if key not in ours}
         return {**fields, "target_modules": sorted(targets), "exclude_modules": None, "layers_to_transform": None}
+
+    @classmethod
+    def combine(
+        cls, methods: Sequence[Method], weights: Sequence[float], parts: Sequence[Mapping[str, Delta]]
+    ) -> tuple[Method, dict[str, Delta]]:
+        _, deltas = super().combine(methods, weights, parts)
+        r = max(delta.lora_A.shape[0] for delta in deltas.values() if isinstance(delta, LowRankDelta))
+        for delta in deltas.values():
+            if isinstance(delta, LowRankDelta):
+                delta.pad(r)
+        return replace(methods[0], r=r, lora_alpha=r, use_rslora=False, init="default"), deltas
 
     def _build(self, module: nn.Module, *, where: str) -> LowRankDelta:
         generator = generator_of(self.seed, where)

@@ -6,8 +6,8 @@ NeurIPS 2024.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -101,6 +101,9 @@ class S2FT(Method):
             chosen[name] = expand_groups(groups, size)
         return chosen
 
+    def without_data(self) -> Method:
+        return replace(self, strategy="random")
+
     def side_of(self, name: str) -> Side:
         """Whether ``name`` trains input or output channels."""
         side = _for_target(self.side, name, "side", "auto")
@@ -110,6 +113,14 @@ class S2FT(Method):
         if "s2ft_indices" not in tensors:
             raise ValueError(f"{where}: wanted s2ft_indices, got {sorted(tensors)}; the file is incomplete")
         return self._build(module, indices=tensors["s2ft_indices"], where=where).load(tensors, where)
+
+    @classmethod
+    def combine(
+        cls, methods: Sequence[Method], weights: Sequence[float], parts: Sequence[Mapping[str, Delta]]
+    ) -> tuple[Method, dict[str, Delta]]:
+        _, deltas = super().combine(methods, weights, parts)
+        sides = {name: delta.side for name, delta in deltas.items() if isinstance(delta, SubmatrixDelta)}
+        return replace(methods[0], target_modules=sorted(deltas), side=sides), deltas
 
     def _build(self, module: nn.Module, *, indices: Tensor, where: str) -> Delta:
         if self.keep == "exact":

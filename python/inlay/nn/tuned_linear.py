@@ -23,6 +23,11 @@ _HOOKS = (
 )
 
 
+def is_watched(module: nn.Module) -> bool:
+    """True if hooks, or a ``forward`` put in place of its class's, rely on calls of ``module``."""
+    return any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in module.__dict__
+
+
 class TunedLinear(nn.Linear):
     """A linear with a frozen base weight and trainable deltas; an ``nn.Linear``, so that "all-linear" finds it.
 
@@ -85,6 +90,12 @@ class TunedLinear(nn.Linear):
         """Forget adapter ``name``; the base is as it was without it."""
         del self.deltas[name]
 
+    def swap_delta(self, name: str, other: Delta) -> None:
+        """Give adapter ``name`` the tensors of ``other``, in its own memory."""
+        self.restore_base()
+        self.deltas[name].take(other)
+        self.sync()
+
     def forward(self, x: Tensor) -> Tensor:
         active = self.active_deltas()
         if len(active) == 1:
@@ -109,7 +120,7 @@ class TunedLinear(nn.Linear):
     @property
     def watched(self) -> bool:
         """True if hooks, or a ``forward`` put in place of ours, rely on calls of this module."""
-        return any(getattr(self, hooks) for hooks in _HOOKS) or "forward" in self.__dict__
+        return is_watched(self)
 
     def active_deltas(self) -> list[Delta]:
         """The deltas a forward applies, in the order they were activated."""

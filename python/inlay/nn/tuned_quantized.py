@@ -65,6 +65,12 @@ class TunedQuantizedLinear(QuantizedWeight, TunedLinear):
             merged = delta.merge_into(merged)
         return merged
 
+    def swap_delta(self, name: str, other: Delta) -> None:
+        delta = self.deltas[name]
+        delta.release_base(self.storage, *self.tensors)
+        delta.take(other)
+        delta.prepare_base(self.storage, *self.tensors)
+
     def remove_delta(self, name: str) -> None:
         delta = self.deltas[name]
         super().remove_delta(name)

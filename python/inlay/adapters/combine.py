@@ -1,0 +1,48 @@
+"""One adapter from several: their weighted sum, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..model import require_state, tuned_linears
+from ..tune import attach
+
+
+def add_weighted_adapter(
+    model: nn.Module, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+) -> nn.Module:
+    """Add an adapter whose ``ΔW`` is ``Σ weight·ΔW`` of ``adapters``; the active ones stay active.
+
+    Submatrices take the union of the channels, low-rank factors are put side by side (ranks add up): nothing is
+    approximated. The name and the first three arguments are PEFT's.
+
+    Raises:
+        TypeError: the model is not tuned.
+        ValueError: an unknown or taken name; no or not as many weights; adapters of different kinds, or of a kind
+            that is part of its base weight (``update="in_place"``, ``keep="exact"``).
+    """
+    state = require_state(model, "add_weighted_adapter")
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(f"wanted one weight per adapter, got {len(adapters)} adapters and {len(weights)} weights")
+    for name in adapters:
+        if name not in state.methods:
+            raise ValueError(f"no adapter {name!r}; there are {sorted(state.methods)}")
+    if adapter_name in state.methods:
+        raise ValueError(f"this model has an adapter {adapter_name!r} already; pass another adapter_name")
+    methods = [state.methods[name] for name in adapters]
+    kinds = {type(method).__name__ for method in methods}
+    if len(kinds) != 1:
+        raise ValueError(
+            f"wanted adapters of one kind to add up, got {sorted(kinds)}; set_adapter them together instead"
+        )
+    linears = tuned_linears(model)
+    parts = [
+        {path: module.deltas[name] for path, module in linears.items() if name in module.deltas} for name in adapters
+    ]
+    method, deltas = type(methods[0]).combine(methods, list(weights), parts)
+    active = list(state.active)
+    attach(model, method, deltas, adapter_name, sample=state.base_sample, fused_blocks=False, fused_loss=False)
+    model.set_adapter(active)
+    return model

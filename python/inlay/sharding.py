@@ -1,0 +1,37 @@
+"""Tensors that several processes hold parts of: what FSDP2 makes of parameters."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_sharded(tensor: Any) -> bool:
+    """True for a DTensor, which is this process's part of a tensor."""
+    # Not imported for the question's sake: without the module there are no such tensors, and it takes half a second.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Any) -> Tensor:
+    """This process's part of ``tensor``, which shares its memory; a plain tensor itself."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def whole(tensor: Any) -> Tensor:
+    """All of ``tensor``, gathered if it is sharded: then every process must ask."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def any_sharded(module: nn.Module) -> bool:
+    """True if a parameter of ``module`` is sharded."""
+    return any(is_sharded(parameter) for parameter in module.parameters())
+
+
+def writes_here() -> bool:
+    """True in the one process of a group that should write files; True without a group."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

@@ -1,0 +1,83 @@
+"""Merging on disk: the same weights as merging in memory, shard by shard, and a folder other programs can load."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from comparing import assert_equal
+from families import BY_NAME, eval_logits
+from oracle import deltas_of, randomize
+from transformers import AutoModelForCausalLM
+
+import inlay
+from inlay.adapters import merge_files
+
+
+def saved(name, directory, dtype=torch.float32, update="additive", **options):
+    """A base in several shards with a tokenizer's files beside it, and an adapter trained on it."""
+    model = BY_NAME[name].build().to(dtype)
+    model.save_pretrained(directory / "base", **options)
+    (directory / "base" / "chat_template.jinja").write_text("{{ messages }}")
+    (directory / "base" / "tokenizer.json").write_text("{}")
+    (directory / "base" / "pytorch_model.bin").write_bytes(b"stale")
+    tuned = inlay.tune(model, inlay.S2FT(ratio=0.3, update=update))
+    randomize(tuned, 0.1)
+    tuned.save_pretrained(directory / "adapter")
+    return tuned
+
+
+@pytest.mark.parametrize("update", ["additive", "in_place"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "opt", "mixtral"])
+def test_equals_merging_in_memory(name, dtype, update, tmp_path):
+    tuned = saved(name, tmp_path, dtype, update, max_shard_size="20KB")
+    shards = sorted(p.name for p in (tmp_path / "base").glob("*.safetensors"))
+    assert len(shards) > 1
+    merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    kept = {p.name for p in (tmp_path / "base").iterdir()} - {"pytorch_model.bin"}
+    assert {p.name for p in (tmp_path / "merged").iterdir()} == kept
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=dtype)
+    wanted = inlay.merge(tuned)
+    for key, tensor in wanted.state_dict().items():
+        assert_equal(loaded.state_dict()[key], tensor, key)
+    family = BY_NAME[name]
+    before = eval_logits(family.build().to(dtype), family.batch(0))
+    assert not torch.equal(eval_logits(loaded, family.batch(0)), before)
+
+
+def test_lora_in_one_file(tmp_path):
+    model = BY_NAME["llama"].build()
+    model.save_pretrained(tmp_path / "base")
+    tuned = inlay.tune(model, inlay.LoRA(r=4))
+    with torch.no_grad():
+        for delta in deltas_of(tuned).values():
+            delta.lora_B.normal_(generator=torch.Generator().manual_seed(0))
+    tuned.save_pretrained(tmp_path / "adapter")
+    merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    for key, tensor in inlay.merge(tuned).state_dict().items():
+        assert_equal(loaded.state_dict()[key], tensor, key)
+
+
+def test_refusals(tmp_path):
+    saved("llama", tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    with pytest.raises(FileExistsError, match="new or empty folder"):
+        merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "full")
+    other = BY_NAME["llama"].build()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.normal_()
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="not the base the adapter was trained on"):
+        merge_files(tmp_path / "other", tmp_path / "adapter", tmp_path / "merged")
+    BY_NAME["gpt2"].build().save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match="the adapter tunes .* lacks"):
+        merge_files(tmp_path / "gpt2", tmp_path / "adapter", tmp_path / "merged2")
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "inlay"}}))
+    with pytest.raises(ValueError, match="is quantized; pass the dense checkpoint"):
+        merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged3")
