@@ -1,1 +1,1 @@
-"""The only files that import other libraries' internals: one per library."""
+"""The only files that import other libraries' internals: one file or folder per library."""

@@ -17,7 +17,6 @@ from ..ops.swiglu import swiglu
 from .attention import FusedAttention, attention_settings
 from .mixed import Mixed, mix
 from .probe import generator, same, shallow
-from .tuned_linear import TunedLinear
 
 
 class FusedRMSNorm(Mixed):
@@ -37,7 +36,8 @@ class FusedGatedMLP(Mixed):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if isinstance(self.down_proj, TunedLinear) and not self.down_proj.watched:
+        # TunedLinear, and the layers that integrations put on a linear
+        if hasattr(type(self.down_proj), "forward_gated") and not self.down_proj.watched:
             return self.down_proj.forward_gated(gate, up, self.inlay_act)
         return self.down_proj(swiglu(gate, up, self.inlay_act))
 

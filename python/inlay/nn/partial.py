@@ -42,13 +42,23 @@ class StopsBackprop(Mixed):
     """Mixin of the first trained block. Overrides ``__call__``, not ``forward``: transformers checkpoints a block in
     its ``__call__``, and the input must be detached before the checkpoint sees it."""
 
+    inlay_model: tuple[nn.Module]  # in a tuple, so that it is not a submodule
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs.get("hidden_states")
         reentrant = checkpoints_reentrantly(self)
         if isinstance(hidden, Tensor) and (hidden.requires_grad or reentrant) and torch.is_grad_enabled():
-            hidden = hidden.detach().requires_grad_(reentrant)
+            if self.is_first_trained():
+                hidden = hidden.detach().requires_grad_(reentrant)
             args, kwargs = ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
         return super().__call__(*args, **kwargs)
+
+    def is_first_trained(self) -> bool:
+        """Looked up each time: an adapter switched or a parameter unfrozen behind our back must get its gradient."""
+        if torch.compiler.is_compiling():
+            return True
+        block = first_trained_block(self.inlay_model[0])
+        return block is not None and any(module is self for module in block.modules())  # or what wraps it
 
 
 def install_partial_backprop(model: nn.Module) -> None:
@@ -59,3 +69,4 @@ def install_partial_backprop(model: nn.Module) -> None:
     block = first_trained_block(model)
     if block is not None:
         mix(block, StopsBackprop)
+        block.inlay_model = (model,)

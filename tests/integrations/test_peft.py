@@ -1,0 +1,517 @@
+"""S²FT as a method of PEFT's own: the same numbers as inlay.tune, under PEFT's functions and files."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from comparing import assert_close, assert_equal, assert_series
+from families import BY_NAME, eval_logits, llama, text_batch
+from oracle import deltas_of
+from safetensors.torch import load_file
+from torch import nn
+
+import inlay
+from inlay.bases import QuantizedLinear
+from inlay.nn.partial import StopsBackprop
+
+peft = pytest.importorskip("peft")
+integration = pytest.importorskip("inlay.integrations.peft")
+from inlay.integrations.peft import internals  # noqa: E402
+from inlay.integrations.peft.s2ft import S2FTLinear, S2FTQuantizedLinear  # noqa: E402
+
+S2FTConfig, get_peft_model, PeftModel = integration.S2FTConfig, peft.get_peft_model, peft.PeftModel
+STEPS = 4
+
+
+def deep_llama(**changes):
+    return llama(num_hidden_layers=3, **changes)
+
+
+def wrapped(model=None, **options):
+    return get_peft_model(llama() if model is None else model, S2FTConfig(**({"ratio": 0.2} | options)))
+
+
+def layers_of(model) -> dict[str, S2FTLinear]:
+    return {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, S2FTLinear)}
+
+
+def train(model, batches, rate=1e-2):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.1)
+    losses = []
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def trained(model=None, first=0, **options):
+    model = wrapped(model, **options)
+    train(model, [text_batch(first + step) for step in range(2)])
+    return model
+
+
+def randomize(model, name="default", seed=0):
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in layers_of(model).values():
+            values = layer.s2ft_values[name]
+            values.add_(0.1 * torch.randn(values.shape, generator=random))
+
+
+# --- the same as inlay.tune -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "bert", "t5", "mixtral"])
+def test_equals_tune(name, fused):
+    """The default targets of each family, the same channels, losses and weights."""
+    family = BY_NAME[name]
+    ours = inlay.tune(family.build(), inlay.S2FT(ratio=0.2, seed=5), fused_blocks=fused)
+    theirs = wrapped(family.build(), seed=5, fused_blocks=fused)
+    batches = [family.batch(seed) for seed in range(STEPS)]
+    losses = [train(model, batches) for model in (ours, theirs)]
+    assert_series(losses[1], losses[0], rtol=2e-5, what="losses")
+    assert len(set(losses[0])) == STEPS
+    layers = layers_of(theirs)
+    assert set(layers) == set(deltas_of(ours)) and len(layers) == family.targets
+    for path, delta in deltas_of(ours).items():
+        assert_equal(layers[path].s2ft_indices["default"], delta.s2ft_indices, path)
+        assert_close(layers[path].s2ft_values["default"], delta.s2ft_values, atol=1e-4, what=path)
+        assert bool(delta.s2ft_values.any())
+    merged = inlay.merge(ours).state_dict()
+    for key, tensor in theirs.merge_and_unload().state_dict().items():
+        assert_close(tensor, merged[key], atol=1e-4, what=key)
+
+
+@pytest.mark.parametrize("options", [{"side": "out"}, {"target_modules": "all-linear"}, {"channels": 8}])
+def test_options_mean_the_same(options):
+    options = options if "channels" in options else {"ratio": 0.3, **options}
+    ours = inlay.tune(llama(), inlay.S2FT(**options))
+    theirs = get_peft_model(llama(), S2FTConfig(**options))
+    assert set(layers_of(theirs)) == set(deltas_of(ours))
+    for path, delta in deltas_of(ours).items():
+        assert_equal(layers_of(theirs)[path].s2ft_indices["default"], delta.s2ft_indices, path)
+        assert layers_of(theirs)[path].s2ft_deltas["default"].side == delta.side
+
+
+def test_targets_are_peft_s():
+    """Lists, expressions, exclusions and layers as PEFT's matching reads them."""
+    for options, wanted in (
+        ({"target_modules": ["down_proj"], "layers_to_transform": [1]}, {"model.layers.1.mlp.down_proj"}),
+        ({"target_modules": r".*\.0\..*o_proj"}, {"model.layers.0.self_attn.o_proj"}),
+        ({"layers_to_transform": 2, "exclude_modules": ["o_proj"]}, {"model.layers.2.mlp.down_proj"}),
+    ):
+        assert set(layers_of(wrapped(deep_llama(), **options))) == wanted
+
+
+def test_adapters_start_at_the_base_and_train_alone():
+    base, model = llama(), wrapped(fused_blocks=False)
+    assert_equal(eval_logits(model, text_batch(0)), eval_logits(base, text_batch(0)), "logits")
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert names and all(".s2ft_values.default" in name for name in names)
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("cast", [True, False])
+def test_values_are_fp32_on_a_bf16_base(cast):
+    model = get_peft_model(llama().to(torch.bfloat16), S2FTConfig(ratio=0.2), autocast_adapter_dtype=cast)
+    assert {layer.s2ft_values["default"].dtype for layer in layers_of(model).values()} == {torch.float32}
+    losses = train(model, [text_batch(0)] * 8)
+    assert losses[-1] < losses[0]
+
+
+# --- files ----------------------------------------------------------------------------------------------
+
+
+def test_save_and_load(tmp_path):
+    model = trained()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert set(tensors) == {
+        f"base_model.model.{path}.{leaf}" for path in layers_of(model) for leaf in ("s2ft_values", "s2ft_indices")
+    }
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "S2FT"
+    wanted = eval_logits(model, text_batch(7))
+    for options in ({}, {"is_trainable": True}, {"adapter_name": "other"}, {"low_cpu_mem_usage": True}):
+        loaded = PeftModel.from_pretrained(llama(), tmp_path, **options)
+        atol = 1e-5 if "low_cpu_mem_usage" in options else 0  # blocks are not fused there
+        assert_close(eval_logits(loaded, text_batch(7)), wanted, atol=atol, what=str(options))
+        assert any(p.requires_grad for p in loaded.parameters()) == ("is_trainable" in options)
+    assert peft.PeftConfig.from_pretrained(tmp_path).method.ratio == 0.2
+
+
+def test_stored_channels_win_over_chosen_ones(tmp_path):
+    """A file whose channels are not what its options would choose again."""
+    model = trained()
+    with torch.no_grad():
+        for layer in layers_of(model).values():
+            indices = layer.s2ft_indices["default"]
+            channels = layer.in_features if layer.s2ft_deltas["default"].side == "in" else layer.out_features
+            rest = [c for c in range(channels) if c not in indices.tolist()]
+            indices.copy_(torch.tensor(rest[: len(indices)]))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    assert_equal(eval_logits(loaded, text_batch(7)), eval_logits(model, text_batch(7)), "logits")
+
+
+def test_inlay_loads_what_peft_saved(tmp_path):
+    model = trained()
+    model.save_pretrained(tmp_path)
+    loaded = inlay.load(llama(), tmp_path)
+    assert_close(eval_logits(loaded, text_batch(7)), eval_logits(model, text_batch(7)), atol=1e-6)
+    another = llama()
+    for parameter in another.parameters():
+        parameter.data.neg_()
+    with pytest.raises(ValueError, match="not the base"):
+        inlay.load(another, tmp_path)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")  # of unexpected keys, which PEFT would ignore
+def test_peft_loads_what_inlay_saved(tmp_path):
+    tuned = inlay.tune(llama(), inlay.S2FT(ratio=0.2, seed=3))
+    train(tuned, [text_batch(0)])
+    tuned.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    assert_close(eval_logits(loaded, text_batch(7)), eval_logits(tuned, text_batch(7)), atol=1e-6)
+
+
+def test_forms_that_change_the_base_are_refused(tmp_path):
+    tuned = inlay.tune(llama(), inlay.S2FT(ratio=0.2, update="in_place"))
+    train(tuned, [text_batch(0)])
+    tuned.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="update: wanted 'additive', got 'in_place'"):
+        PeftModel.from_pretrained(llama(), tmp_path)
+    with pytest.raises(ValueError, match="keep: wanted 'additive'"):
+        S2FTConfig(keep="exact")
+    with pytest.raises(ValueError, match="ratio: wanted a fraction"):
+        S2FTConfig(ratio=3)
+
+
+# --- PEFT's functions -----------------------------------------------------------------------------------
+
+
+def test_disable_adapter_is_the_base():
+    model = trained(fused_blocks=False)
+    tuned, base = eval_logits(model, text_batch(0)), eval_logits(llama(), text_batch(0))
+    assert not torch.allclose(tuned, base)
+    with model.disable_adapter():
+        assert_equal(eval_logits(model, text_batch(0)), base, "disabled")
+    assert_equal(eval_logits(model, text_batch(0)), tuned, "enabled again")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_unmerge_restores_the_very_bits(name, dtype):
+    family = BY_NAME[name]
+    base = family.build().to(dtype)
+    model = wrapped(copy.deepcopy(base))
+    randomize(model)
+    apart = eval_logits(model, family.batch(0))
+    model.merge_adapter(safe_merge=True)
+    atol = 1e-5 if dtype == torch.float32 else 0.1
+    assert_close(eval_logits(model, family.batch(0)).float(), apart.float(), atol=atol)
+    model.unmerge_adapter()
+    assert_equal(eval_logits(model, family.batch(0)), apart, "unmerged")
+    plain = model.unload().state_dict()
+    for key, tensor in base.state_dict().items():
+        assert_equal(plain[key], tensor, key)
+
+
+def test_unloading_leaves_nothing_behind():
+    model = trained(deep_llama(), layers_to_transform=[2])
+    plain = model.merge_and_unload()
+    fresh = deep_llama()
+    assert [type(m) for m in plain.modules()] == [type(m) for m in fresh.modules()]
+    assert not plain._forward_pre_hooks
+    assert list(plain.state_dict()) == list(fresh.state_dict())
+
+
+def test_a_broken_adapter_is_not_merged_safely():
+    model = wrapped()
+    next(iter(layers_of(model).values())).s2ft_values["default"].data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        model.merge_and_unload(safe_merge=True)
+
+
+def test_several_adapters(tmp_path):
+    one, other = trained(), trained(llama(), 50, target_modules=["gate_proj", "down_proj"], seed=9)
+    one.save_pretrained(tmp_path / "one"), other.save_pretrained(tmp_path / "other")
+    wanted = {"one": eval_logits(one, text_batch(7)), "other": eval_logits(other, text_batch(7))}
+    assert not torch.allclose(*wanted.values())
+
+    model = PeftModel.from_pretrained(llama(), tmp_path / "one", adapter_name="one")
+    model.load_adapter(tmp_path / "other", adapter_name="other")
+    for name in ("other", "one", "other"):
+        model.set_adapter(name)
+        assert_equal(eval_logits(model, text_batch(7)), wanted[name], name)
+        assert {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {name}
+    model.save_pretrained(tmp_path / "both")
+    again = PeftModel.from_pretrained(llama(), tmp_path / "both" / "one")
+    assert_equal(eval_logits(again, text_batch(7)), wanted["one"], "saved among others")
+    model.delete_adapter("other")
+    model.set_adapter("one")
+    assert_equal(eval_logits(model, text_batch(7)), wanted["one"], "after deleting the other")
+    with pytest.raises(ValueError):
+        model.set_adapter("other")
+
+
+def test_two_adapters_at_once_add_up():
+    model = trained()
+    model.add_adapter("second", S2FTConfig(ratio=0.4, seed=2))
+    randomize(model, "second")
+    model.base_model.set_adapter(["default", "second"])
+    both = eval_logits(model, text_batch(0))
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert_close(eval_logits(merged, text_batch(0)), both, atol=2e-5)
+    model.set_adapter("second")
+    assert not torch.allclose(eval_logits(model, text_batch(0)), both)
+
+
+def test_an_added_adapter_trains_only_once_it_is_active():
+    model = wrapped()
+    model.add_adapter("second", S2FTConfig(ratio=0.2, seed=2, target_modules=["q_proj", "o_proj"]))
+    assert all(".default" in n for n, p in model.named_parameters() if p.requires_grad)
+    model.set_adapter("second")
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if ".default" in n}
+    train(model, [text_batch(0)])
+    assert all(
+        layer.s2ft_values["second"].any() for layer in layers_of(model).values() if "second" in layer.s2ft_values
+    )
+    assert all(torch.equal(model.get_parameter(n), value) for n, value in before.items())
+
+
+def test_a_copy_is_another_model():
+    model = trained()
+    wanted = eval_logits(model, text_batch(0))
+    copied = copy.deepcopy(model)
+    randomize(copied)
+    assert_equal(eval_logits(model, text_batch(0)), wanted, "original")
+    assert not torch.allclose(eval_logits(copied, text_batch(0)), wanted)
+
+
+def test_mixed_batches_are_refused():
+    model = wrapped()
+    model.add_adapter("second", S2FTConfig(ratio=0.2))
+    with pytest.raises(NotImplementedError, match="one adapter for a whole batch"):
+        model(**text_batch(0), adapter_names=["default", "second", "default"])
+
+
+def test_modules_to_save_train_and_are_saved(tmp_path):
+    model = trained(modules_to_save=["lm_head"])
+    assert not torch.equal(model.get_base_model().lm_head.weight, llama().lm_head.weight)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    assert_equal(eval_logits(loaded, text_batch(7)), eval_logits(model, text_batch(7)), "logits")
+
+
+def test_conversion_to_lora_by_peft_is_exact():
+    """ΔW has the rank of the number of channels: nothing is lost at that rank."""
+    model = wrapped(channels=8, target_modules=["down_proj"])
+    randomize(model)
+    config, tensors = peft.convert_to_lora(model, rank=8)
+    lora = get_peft_model(llama(), config)
+    peft.set_peft_model_state_dict(lora, tensors)
+    assert_close(eval_logits(lora, text_batch(0)), eval_logits(model, text_batch(0)), atol=1e-4)
+
+
+def test_transformers_own_adapter_functions():
+    """``model.add_adapter`` puts the layers on the model itself, without PEFT's wrapper."""
+    model = llama()
+    model.add_adapter(S2FTConfig(ratio=0.2))
+    losses = train(model, [text_batch(0)] * 6)
+    assert losses[-1] < losses[0]
+    ours = inlay.tune(llama(), inlay.S2FT(ratio=0.2))
+    assert_series(losses, train(ours, [text_batch(0)] * 6), rtol=2e-5)
+
+
+# --- selection ------------------------------------------------------------------------------------------
+
+CALIBRATION = [text_batch(seed) for seed in range(2)]
+
+
+@pytest.mark.parametrize("strategy", ["weight", "activation", "product", "gradient"])
+def test_strategies_choose_what_tune_chooses(strategy, tmp_path):
+    ours = inlay.tune(llama(), inlay.S2FT(ratio=0.2, strategy=strategy), calibration=CALIBRATION)
+    model = trained(strategy=strategy, calibration=CALIBRATION)
+    for path, delta in deltas_of(ours).items():
+        assert_equal(layers_of(model)[path].s2ft_indices["default"], delta.s2ft_indices, path)
+    model.save_pretrained(tmp_path)  # without the data
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    assert_equal(eval_logits(loaded, text_batch(7)), eval_logits(model, text_batch(7)), "logits")
+
+
+def test_a_second_adapter_is_chosen_by_the_base():
+    model = wrapped()
+    randomize(model)
+    model.add_adapter("second", S2FTConfig(ratio=0.2, strategy="gradient", calibration=CALIBRATION))
+    ours = inlay.tune(llama(), inlay.S2FT(ratio=0.2, strategy="gradient"), calibration=CALIBRATION)
+    for path, delta in deltas_of(ours).items():
+        assert_equal(layers_of(model)[path].s2ft_indices["second"], delta.s2ft_indices, path)
+
+
+def test_missing_calibration_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="calibration"):
+        wrapped(strategy="activation")
+    trained(strategy="activation", calibration=CALIBRATION).save_pretrained(tmp_path)
+    model = get_peft_model(llama(), S2FTConfig.from_pretrained(tmp_path))  # the config without its channels
+    with pytest.raises(RuntimeError, match="calibration"):
+        model(**text_batch(0))
+
+
+# --- quantized bases ------------------------------------------------------------------------------------
+
+
+def quantized(base="nf4"):
+    from inlay.bases import BaseConfig, quantize_linears
+
+    model = llama().requires_grad_(False)
+    quantize_linears(model, BaseConfig(base))
+    return model
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_on_a_quantized_base(base, tmp_path):
+    ours = inlay.tune(llama(), inlay.S2FT(ratio=0.2), base=base)
+    model = wrapped(quantized(base))
+    assert {type(layer) for layer in layers_of(model).values()} == {S2FTQuantizedLinear}
+    batches = [text_batch(seed) for seed in range(STEPS)]
+    assert_series(train(model, batches), train(ours, batches), rtol=2e-5)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(quantized(base), tmp_path)
+    wanted = eval_logits(model, text_batch(7))
+    assert_equal(eval_logits(loaded, text_batch(7)), wanted, "loaded")
+    with pytest.raises(ValueError, match="rounded away"):
+        model.merge_adapter()
+    with pytest.warns(UserWarning, match="quantization error"):
+        merged = model.merge_and_unload()
+    assert type(merged.model.layers[0].mlp.down_proj) is nn.Linear
+    assert type(merged.model.layers[0].mlp.up_proj) is QuantizedLinear
+    assert_close(eval_logits(merged, text_batch(7)), wanted, atol=1e-4)
+
+
+def test_unloading_from_a_quantized_base():
+    model = wrapped(quantized())
+    randomize(model)
+    plain = model.unload()
+    assert type(plain.model.layers[0].mlp.down_proj) is QuantizedLinear
+    assert_equal(eval_logits(plain, text_batch(0)), eval_logits(quantized(), text_batch(0)), "logits")
+    with pytest.raises(AttributeError, match="stored quantized"):
+        plain.model.layers[0].mlp.down_proj.weight = torch.zeros(1)
+
+
+# --- partial backpropagation ----------------------------------------------------------------------------
+
+
+def count_calls(model) -> list[int]:
+    """How often each block runs: once forward, once more if it is recomputed."""
+    calls = [0] * len(model.model.layers)
+
+    def counter(index):
+        return lambda *_: calls.__setitem__(index, calls[index] + 1)
+
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.up_proj.register_forward_hook(counter(index))
+    return calls
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("layers, wanted", [([2], [1, 1, 2]), ([1], [1, 2, 2]), (None, [2, 2, 2])])
+def test_checkpointing_recomputes_trained_layers_and_above_only(layers, wanted, reentrant):
+    model = wrapped(deep_llama(), layers_to_transform=layers)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    calls = count_calls(model.get_base_model())
+    model(**text_batch(0)).loss.backward()
+    assert calls == wanted
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def stopping_at(model):
+    return [i for i, block in enumerate(model.get_base_model().model.layers) if isinstance(block, StopsBackprop)]
+
+
+def test_the_stop_moves_with_the_active_adapter():
+    model = wrapped(deep_llama(), layers_to_transform=[2])
+    model.add_adapter("low", S2FTConfig(layers_to_transform=[0, 2]))
+    assert stopping_at(model) == [2]
+    model.set_adapter("low")
+    assert stopping_at(model) == [0]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_is_unfrozen_later_gets_its_gradient(reentrant):
+    model = wrapped(deep_llama(), layers_to_transform=[2])
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    embedding = model.get_input_embeddings()
+    embedding.weight.requires_grad_(True)
+    model(**text_batch(0)).loss.backward()
+    assert bool(embedding.weight.grad.any())
+
+
+def test_activations_kept_are_those_of_tune():
+    """The wrapper does not bring back what the fused blocks got rid of."""
+
+    def kept(model):
+        held = {}
+        frozen = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+
+        def pack(tensor):
+            if tensor.untyped_storage().data_ptr() not in frozen:
+                held[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        batch = {k: v for k, v in text_batch(0).items() if k != "labels"}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(**batch)
+        return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+
+    ours = inlay.tune(llama(), inlay.S2FT(ratio=0.2), fused_loss=False)
+    assert kept(wrapped()) <= kept(ours)
+    assert kept(wrapped(fused_blocks=False)) > 1.2 * kept(ours)
+
+
+# --- errors and registration ----------------------------------------------------------------------------
+
+
+def test_what_cannot_be_tuned_is_refused():
+    with pytest.raises(ValueError, match="wanted an nn.Linear or Conv1D, got Embedding"):
+        wrapped(target_modules=["embed_tokens"])
+    with pytest.raises(ValueError, match="tuned by inlay.tune already"):
+        wrapped(inlay.tune(llama(), inlay.S2FT()))
+    with pytest.raises(ValueError, match="ratio: 'gate_proj' is no tuned linear"):
+        wrapped(ratio={"gate_proj": 0.1}, target_modules=["down_proj"])
+    with pytest.raises(ValueError, match="shared with"):
+        wrapped(BY_NAME["gemma"].build(), target_modules=["lm_head"])
+
+
+def test_importing_inlay_imports_no_peft():
+    code = "import sys, inlay; assert 'peft' not in sys.modules; import inlay.integrations.peft, peft"
+    code += "; assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING['S2FT'].__name__ == 'S2FTConfig'"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_registration_is_idempotent_and_never_takes_a_name_from_another():
+    tables = internals.PEFT_TYPE_TO_CONFIG_MAPPING, internals.PEFT_TYPE_TO_TUNER_MAPPING
+    before = [dict(table) for table in tables]
+    internals.register(internals.TypeName("S2FT"), S2FTConfig, integration.S2FTModel)
+    assert [dict(table) for table in tables] == before
+    with pytest.raises(RuntimeError, match="'LORA' already"):
+        internals.register(internals.TypeName("LORA"), S2FTConfig, integration.S2FTModel)
+
+
+def test_moved_internals_are_named():
+    class BaseTuner:
+        inject_adapter = None
+
+    internals.check_internals()
+    with pytest.raises(RuntimeError, match=rf"written for PEFT 0.21, got PEFT {peft.__version__}.*no _prepare_model"):
+        internals.check_internals(((BaseTuner, ("inject_adapter", "_prepare_model")),))
