@@ -51,7 +51,7 @@ def main() -> None:
         for batch in group:
             loss = model(**batch, num_items_in_batch=tokens).loss
             loss.backward()
-            total += float(loss)
+            total += loss.item()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad()

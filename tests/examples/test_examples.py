@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -101,23 +100,10 @@ def smollm2(tmp_path_factory):
 @pytest.mark.slow
 def test_on_a_real_model(smollm2, tmp_path, monkeypatch, capsys):
     data, adapter = write_records(tmp_path / "data.jsonl"), tmp_path / "adapter"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        options = ["--output", adapter, "--steps", "3", "--learning-rate", "2e-3"]
-        run("torch_loop.py", monkeypatch, "--model", smollm2, "--data", data, *options)
-        series = losses(capsys.readouterr().out)
-        assert len(series) == 3 and series[-1] < series[0]
-        run(
-            "merge_and_verify.py",
-            monkeypatch,
-            "--model",
-            smollm2,
-            "--adapter",
-            adapter,
-            "--output",
-            tmp_path / "merged",
-        )
-        assert "max |Δlogit|" in capsys.readouterr().out
-    finally:
-        torch.set_num_threads(threads)
+    options = ["--output", adapter, "--steps", "3", "--batch", "2", "--accumulate", "1", "--learning-rate", "2e-3"]
+    run("torch_loop.py", monkeypatch, "--model", smollm2, "--data", data, *options)
+    series = losses(capsys.readouterr().out)
+    assert len(series) == 3 and series[-1] < series[0]
+    merged = ["--adapter", adapter, "--output", tmp_path / "merged"]
+    run("merge_and_verify.py", monkeypatch, "--model", smollm2, *merged)
+    assert float(capsys.readouterr().out.partition("max |Δlogit| ")[2].split()[0]) < 0.3
