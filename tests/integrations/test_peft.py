@@ -17,7 +17,7 @@ from torch import nn
 
 import inlay
 from inlay.bases import QuantizedLinear
-from inlay.nn.partial import StopsBackprop
+from inlay.nn.partial import stops_backprop
 
 peft = pytest.importorskip("peft")
 integration = pytest.importorskip("inlay.integrations.peft")
@@ -436,7 +436,7 @@ def test_checkpointing_recomputes_trained_layers_and_above_only(layers, wanted, 
 
 
 def stopping_at(model):
-    return [i for i, block in enumerate(model.get_base_model().model.layers) if isinstance(block, StopsBackprop)]
+    return [i for i, block in enumerate(model.get_base_model().model.layers) if stops_backprop(block)]
 
 
 def test_the_stop_moves_with_the_active_adapter():

@@ -13,7 +13,7 @@ from oracle import deltas_of, randomize
 from torch import nn
 
 import inlay
-from inlay.nn.partial import StopsBackprop, block_stacks, first_trained_block
+from inlay.nn.partial import block_stacks, first_trained_block, stops_backprop
 
 HIDDEN, INTERMEDIATE, HEADS, HEAD = 32, 56, 4, 8
 KV = 2 * HEAD
@@ -221,7 +221,7 @@ def stopping_at(model):
         (name, index)
         for name, stack in block_stacks(model).items()
         for index, block in enumerate(stack)
-        if isinstance(block, StopsBackprop)
+        if stops_backprop(block)
     ]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.cross_entropy import linear_cross_entropy
+from ..sharding import whole
 from .mixed import Mixed, mix
 
 
@@ -45,7 +46,7 @@ class DeferredLogits:
                 "pass fused_loss=False to inlay.tune (or call model.eval()) to get logits"
             )
         if self.computed is None:
-            self.computed = nn.functional.linear(self.hidden, self.head.weight, self.head.bias)
+            self.computed = nn.functional.linear(self.hidden, whole(self.head.weight), whole(self.head.bias))
         return self.computed
 
     def contiguous(self) -> DeferredLogits:
@@ -153,20 +154,15 @@ def fused_loss(
     """Cross-entropy of ``labels [B, T]`` shifted by one (or ``shift_labels``), fp32 scalar; consumes ``logits``."""
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    hidden, weight, bias = logits.hidden, logits.head.weight, logits.head.bias
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    with torch.autocast(kind, enabled=False):
-        loss = linear_cross_entropy(
-            hidden,
-            weight,
-            shift_labels.to(hidden.device),
-            num_items=num_items,
-            ignore_index=ignore_index,
-            bias=bias,
-        )
+    hidden, head = logits.hidden, logits.head
+    loss = linear_cross_entropy(
+        hidden,
+        whole(head.weight),  # sharded again by now if FSDP2 has the head as a unit of its own
+        shift_labels.to(hidden.device),
+        num_items=num_items,
+        ignore_index=ignore_index,
+        bias=whole(head.bias),
+    )
     logits.consumed, logits.computed = True, None
     return loss
 

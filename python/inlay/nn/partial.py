@@ -2,7 +2,8 @@
 
 Without gradient checkpointing autograd does this alone: nothing below the first trainable requires a gradient. With it,
 transformers makes the embeddings' output require one (``enable_input_require_grads``), and the whole model is recorded.
-A mixin on the first trained block detaches its input there.
+A mixin on the first trained block detaches its input there. The other blocks of the stack have it too, without effect:
+accelerate shards what is an instance of the first block's class.
 """
 
 from __future__ import annotations
@@ -39,12 +40,14 @@ def first_trained_block(model: nn.Module) -> nn.Module | None:
 
 
 class StopsBackprop(Mixed):
-    """Mixin of the first trained block. Overrides ``__call__``, not ``forward``: transformers checkpoints a block in
-    its ``__call__``, and the input must be detached before the checkpoint sees it."""
+    """Mixin of the blocks. Overrides ``__call__``, not ``forward``: transformers checkpoints a block in its
+    ``__call__``, and the input must be detached before the checkpoint sees it."""
 
-    inlay_model: tuple[nn.Module]  # in a tuple, so that it is not a submodule
+    inlay_model: tuple[nn.Module, ...]  # of the first trained block; a tuple, so that it is not a submodule
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.inlay_model:
+            return super().__call__(*args, **kwargs)
         hidden = args[0] if args else kwargs.get("hidden_states")
         reentrant = checkpoints_reentrantly(self)
         if isinstance(hidden, Tensor) and (hidden.requires_grad or reentrant) and torch.is_grad_enabled():
@@ -62,11 +65,19 @@ class StopsBackprop(Mixed):
 
 
 def install_partial_backprop(model: nn.Module) -> None:
-    """(Re)place the mixin that stops backpropagation on the first trained block of ``model``."""
+    """(Re)place the mixin on the blocks of ``model``, so that backpropagation stops at the first trained one."""
     for module in model.modules():
         if isinstance(module, StopsBackprop):
             unmix(module)
     block = first_trained_block(model)
-    if block is not None:
-        mix(block, StopsBackprop)
-        block.inlay_model = (model,)
+    for stack in block_stacks(model).values() if block is not None else ():
+        if not any(other is block for other in stack):
+            continue
+        for other in stack:
+            mix(other, StopsBackprop)
+            other.inlay_model = (model,) if other is block else ()
+
+
+def stops_backprop(block: nn.Module) -> bool:
+    """True if backpropagation ends at the input of ``block``."""
+    return isinstance(block, StopsBackprop) and bool(block.inlay_model)

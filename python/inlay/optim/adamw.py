@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..ops.adamw import adamw_step_
+from ..sharding import local
 
 
 class AdamW(Optimizer):
@@ -48,11 +49,11 @@ class AdamW(Optimizer):
         for group in self.param_groups:
             for (step, _), params in self._by_step(group["params"]).items():
                 states = [self.state[p] for p in params]
-                adamw_step_(
-                    [p.detach() for p in params],
-                    [p.grad for p in params],
-                    [state["exp_avg"] for state in states],
-                    [state["exp_avg_sq"] for state in states],
+                adamw_step_(  # each element on its own, so that of a sharded parameter every process takes its part
+                    [local(p.detach()) for p in params],
+                    [local(p.grad) for p in params],
+                    [local(state["exp_avg"]) for state in states],
+                    [local(state["exp_avg_sq"]) for state in states],
                     float(group["lr"]),
                     *group["betas"],
                     group["eps"],

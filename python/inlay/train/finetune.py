@@ -124,10 +124,11 @@ def run(trainer: Trainer, *, save: bool, resume_from_checkpoint: str | bool | No
     peak = memory.bytes()
     if trainer.eval_dataset is not None and trainer.args.eval_strategy == "no":
         trainer.evaluate()
+    tokens, padding = trainer.over_processes(trainer.tokens), trainer.over_processes(trainer.padding)
     result = FinetuneResult(
         losses=trainer.losses,
-        tokens_per_second=trainer.tokens / max(trainer.meter.seconds, 1e-9),
-        padding_fraction=trainer.padding / max(trainer.padding + trainer.tokens, 1),
+        tokens_per_second=tokens / max(trainer.meter.seconds, 1e-9),
+        padding_fraction=padding / max(padding + tokens, 1),
         peak_memory_bytes=peak,
         steps=len(trainer.losses),
         output_dir=trainer.args.output_dir if save else None,

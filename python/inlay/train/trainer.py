@@ -102,8 +102,16 @@ class Trainer(transformers.Trainer):
             )
         self._step_loss += loss
         if self.accelerator.sync_gradients:
-            self.losses.append(self._step_loss)
+            mean = self.over_processes(self._step_loss) / self.args.world_size
+            self.losses.append(mean)
             self._step_loss = 0.0
+
+    def over_processes(self, value: float) -> float:
+        """The sum of what every process holds: each has its own share of the samples."""
+        if self.args.world_size == 1:
+            return value
+        held = torch.tensor(value, dtype=torch.float32, device=self.args.device)
+        return float(self.accelerator.reduce(held, "sum"))
 
 
 class StepTimer(TrainerCallback):
