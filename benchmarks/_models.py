@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-#: Published shapes: https://huggingface.co/HuggingFaceTB/SmolLM2-135M, meta-llama/Llama-3.2-1B, meta-llama/Llama-3.1-8B
+#: Published shapes: https://huggingface.co/HuggingFaceTB/SmolLM2-135M, meta-llama/Llama-3.2-1B,
+#: meta-llama/Llama-3.1-8B and -70B
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2": dict(
         hidden_size=576,
@@ -39,21 +40,37 @@ SHAPES: dict[str, dict[str, Any]] = {
         tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
     ),
+    "llama-70b": dict(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    ),
 }
+
+
+def config_of(name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The transformers config of the model ``name``, a key of SHAPES."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(use_cache=False, max_position_embeddings=8192, dtype=dtype, **SHAPES[name])
 
 
 def build(name: str, device: str = "cpu", dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.nn.Module:
     """The model ``name`` with random weights (a key of SHAPES), or one loaded from the directory ``name``."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
     if name not in SHAPES:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
     torch.manual_seed(seed)
-    config = LlamaConfig(use_cache=False, max_position_embeddings=8192, dtype=dtype, **SHAPES[name])
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return LlamaForCausalLM(config)
+            return LlamaForCausalLM(config_of(name, dtype))
     finally:
         torch.set_default_dtype(before)

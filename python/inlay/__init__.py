@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from . import optim
 from .adapters import Verification, export, load, merge, verify
 from .bases import BaseConfig
+from .estimate import Estimate, estimate
 from .methods import S2FT, LoRA
 from .model import disabled
 from .tune import tune
@@ -26,11 +27,13 @@ _LAZY = {
 __all__ = [
     "S2FT",
     "BaseConfig",
+    "Estimate",
     "LoRA",
     "QuantizationConfig",
     "Verification",
     "__version__",
     "disabled",
+    "estimate",
     "export",
     "finetune",
     "from_pretrained",

@@ -11,9 +11,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import adapter, generate, train
+from . import adapter, estimate, generate, train
 
-COMMANDS = (train, generate, adapter)
+COMMANDS = (train, estimate, generate, adapter)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -127,7 +127,9 @@ def _twin(module: nn.Module) -> tuple[nn.Module, Tensor, tuple[Tensor, Tensor]]:
         children[name] = held
     for name in ("q_norm", "k_norm"):
         if hasattr(module, name):
-            children[name] = copy.deepcopy(getattr(module, name)).float()
+            children[name] = held = copy.deepcopy(getattr(module, name)).to_empty(device="cpu").float()
+            for parameter in held.parameters():
+                parameter.data = torch.randn(parameter.shape, generator=random) * 0.1 + 1.0
     twin = shallow(module, children, {})
     config = copy.copy(module.config)
     config._attn_implementation_internal = _PROBE

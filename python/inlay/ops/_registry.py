@@ -60,7 +60,7 @@ def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
 
 def in_plain_torch(args: Sequence[Any]) -> bool:
     """True where a tensor's data_ptr() is what it seems: no tracing, no modes, no subclasses."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if not _no_modes():
         return False
     for arg in args:  # loops, not generators: this runs hundreds of times per decoded token
         if isinstance(arg, Tensor):
@@ -69,6 +69,23 @@ def in_plain_torch(args: Sequence[Any]) -> bool:
         elif isinstance(arg, (list, tuple)) and not in_plain_torch(arg):
             return False
     return True
+
+
+def _plain_and_native(args: Sequence[Any]) -> bool:
+    """in_plain_torch (but for modes) and _all_native in one pass: what nearly every call of a kernel is."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if type(arg) not in _PLAIN_TYPES or arg.dtype not in _NATIVE_DTYPES or arg.layout is not torch.strided:
+                return False
+            if not _native.runs_on(arg):
+                return False
+        elif isinstance(arg, (list, tuple)) and not _plain_and_native(arg):
+            return False
+    return True
+
+
+def _no_modes() -> bool:
+    return not torch._C._len_torch_dispatch_stack() and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def _all_native(args: Sequence[Any]) -> bool:
@@ -114,9 +131,11 @@ class RawOp:
         RAW_OPS[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
-        if not torch.compiler.is_compiling() and in_plain_torch(args):
-            return self.run(*args)
-        return self.overload(*args)
+        if torch.compiler.is_compiling():
+            return self.overload(*args)
+        if _forced is None and _native.available() and _no_modes() and _plain_and_native(args):
+            return self.native(*args)  # the short way: a decoded token takes hundreds of these calls
+        return self.run(*args) if in_plain_torch(args) else self.overload(*args)
 
     def run(self, *args: Any) -> Any:
         return (self.native if self._goes_native(args) else self.reference)(*args)
@@ -191,6 +210,8 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 
 def as_rows(x: Tensor) -> Tensor:
     """[..., N] as [M, N] with unit inner stride: a view where the strides allow, otherwise a copy."""
+    if x.dim() == 2 and x.stride(1) == 1:
+        return x
     rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
     return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
 
@@ -204,13 +225,25 @@ def writable_rows(x: Tensor) -> Iterator[Tensor]:
         x.detach().copy_(rows.view(x.shape))
 
 
+def autocast_enabled(device: str) -> bool:
+    """torch.is_autocast_enabled, which knows no autocast for tensors without data and says so by raising."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def _first_device(args: Sequence[Any]) -> str:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg.device.type
+    return next(_tensors(args)).device.type
+
+
 def without_autocast(function: Callable) -> Callable:
     """Decorator for Function.forward / backward: the body chooses its own dtypes."""
 
     @functools.wraps(function)
     def wrapped(*args: Any) -> Any:
-        device = next(_tensors(args)).device.type
-        if not torch.is_autocast_enabled(device):
+        device = _first_device(args)
+        if not autocast_enabled(device):
             return function(*args)
         with torch.autocast(device, enabled=False):
             return function(*args)
@@ -221,6 +254,6 @@ def without_autocast(function: Callable) -> Callable:
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype a linear layer would compute in for `x` here."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+    if autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype

@@ -33,13 +33,15 @@ def _sum_groups(parts: Tensor, like: Tensor) -> Tensor:
     return parts.view(batch, groups, -1, tokens, width).sum(2)
 
 
-def _tiles_fit(q: Tensor) -> bool:
-    return q.dtype == torch.bfloat16 and q.shape[-1] % 32 == 0 and q.numel() > 0 and module().isa() == "amx"
+def tiles_fit(q: Tensor) -> bool:
+    """True if our own backward has tiles for ``q [B, H, T, D]``, were it on this CPU."""
+    fits = q.dtype == torch.bfloat16 and q.shape[-1] % 32 == 0 and q.numel() > 0
+    return fits and _native_available() and module().isa() == "amx"
 
 
 def has_fast_backward(q: Tensor) -> bool:
     """True where our own backward runs, rather than torch's."""
-    return q.is_cpu and not torch.compiler.is_compiling() and _native_available() and _tiles_fit(q)
+    return q.is_cpu and not torch.compiler.is_compiling() and tiles_fit(q)
 
 
 def _unit_inner(x: Tensor) -> Tensor:
@@ -49,7 +51,7 @@ def _unit_inner(x: Tensor) -> Tensor:
 def _native(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _tiles_fit(q):
+    if not tiles_fit(q):
         return causal_attention_backward.reference(do, q, k, v, o, lse, scale)
     dq = _like_projection(q)
     dk, dv = (torch.empty(q.shape, dtype=torch.float32) for _ in range(2))
@@ -79,7 +81,7 @@ def causal_attention_backward(
     return tuple(_like_projection(t).copy_(d) for t, d in ((q, dq), (k, dk), (v, dv)))
 
 
-class _CausalAttention(Function):
+class CausalAttention(Function):
     @staticmethod
     @without_autocast
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -115,6 +117,6 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
     _check(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.is_cpu and q.numel():
-        return apply(_CausalAttention, q, k, v, scale)
+        return apply(CausalAttention, q, k, v, scale)
     grouped = q.shape[1] != k.shape[1]
     return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)

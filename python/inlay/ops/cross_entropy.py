@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from inlay._native import module
 from inlay.ops._registry import (
     autocast_dtype,
+    autocast_enabled,
     check_device,
     check_floating,
     check_same,
@@ -211,7 +212,7 @@ def linear_cross_entropy(
     if chunk is not None and chunk < 1:
         fail("linear_cross_entropy", "chunk", "1 or more rows", chunk, "leave it out for the default")
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
-    if torch.is_autocast_enabled(hidden.device.type):
+    if autocast_enabled(hidden.device.type):
         dtype = autocast_dtype(hidden)
         hidden, weight, bias = (None if t is None else t.to(dtype) for t in (hidden, weight, bias))
     _check(hidden, weight, bias, labels)

@@ -23,6 +23,7 @@ from inlay.ops._registry import (
     apply,
     as_rows,
     autocast_dtype,
+    autocast_enabled,
     check_device,
     check_floating,
     check_indices,
@@ -167,7 +168,7 @@ class _Linear(Function):
 
 def cast_for_autocast(x: Tensor, base: Any, base_tensors: tuple) -> tuple[Tensor, tuple]:
     """What autocast would do to a linear layer's input and weights, before the Function sees them."""
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocast_enabled(x.device.type):
         return x, base_tensors
     dtype = autocast_dtype(x)
     return x.to(dtype), base.cast(dtype, *base_tensors) if hasattr(base, "cast") else base_tensors
