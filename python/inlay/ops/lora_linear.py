@@ -44,6 +44,8 @@ FEW = 16
 def _lora_add_native(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
     if not x.is_cpu:
         return lora_add_.reference(y, x, a, b, scale)
+    if y.is_contiguous():
+        return module().lora_add(as_rows(y), as_rows(x), a, b, scale)
     with writable_rows(y) as rows:
         module().lora_add(rows, as_rows(x), a, b, scale)
 

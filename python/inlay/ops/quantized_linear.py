@@ -81,7 +81,8 @@ def _native(
     table = dynamic_map(x.device) if codes is not None else None
     bias = bias if bias is None else bias.to(x.dtype).contiguous()
     tables = levels(quant_type, x.device), absmax, codes, table, offset
-    module().quantized_linear(y, x.contiguous(), packed.reshape(-1), *tables, bias, blocksize)
+    packed = packed if packed.dim() == 1 else packed.reshape(-1)
+    module().quantized_linear(y, x.contiguous(), packed, *tables, bias, blocksize)
     return y
 
 
@@ -140,7 +141,7 @@ def quantized_linear(
     check_device("quantized_linear", "packed", packed, "x", x)
     columns = x.shape[-1]
     check_packed("quantized_linear", packed, absmax, codes, offset, blocksize, rows, columns)
-    flat = as_rows(x.detach())  # autograd must not keep panels, which are overwritten
+    flat = as_rows(x.detach() if x.requires_grad else x)  # autograd must not keep panels, which are overwritten
     if flat.shape[0] <= _small_rows(flat, blocksize):
         y = quantized_linear_small(flat, packed, absmax, codes, offset, bias, quant_type, blocksize, rows)
         return y.view(*x.shape[:-1], rows)
