@@ -101,8 +101,9 @@ INLAY_OP(quantized_linear,
           const TensorView& absmax, const TensorView& codes, const TensorView& map, const TensorView& offset,
           const TensorView& bias, int64_t blocksize))
 
-// y = round(y + s·(x·Aᵀ)·Bᵀ), for a few rows           y float [M, N], x float [M, K]; a f32 [r, K], b f32 [N, r]
-INLAY_CPU_OP(lora_add,
-             (const TensorView& y, const TensorView& x, const TensorView& a, const TensorView& b, double scale))
+// y = round(y + s·(x·Aᵀ)·Bᵀ), for a few rows           y float [M, N], x float [M, K]; a f32 [r, K], b f32
+// [N, r]
+INLAY_CPU_OP(lora_add, (const TensorView& y, const TensorView& x, const TensorView& a, const TensorView& b,
+                        double scale))
 
 #undef INLAY_CPU_OP

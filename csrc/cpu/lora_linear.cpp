@@ -47,7 +47,8 @@ void expand(const Inner& inner, const TensorView& y, const TensorView& b) {
       float sums[kSpan];
       for (int64_t i = 0; i < size; ++i) sums[i] = dot(row<const float>(b, begin + i), inner.row(m), rank);
       T* into = row<T>(y, m) + begin;
-      for_vecs(size, [&](int64_t i, int n) { store_n(into + i, load_n(into + i, n) + load_n(sums + i, n), n); });
+      for_vecs(size,
+               [&](int64_t i, int n) { store_n(into + i, load_n(into + i, n) + load_n(sums + i, n), n); });
     }
   });
 }
