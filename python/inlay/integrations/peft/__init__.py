@@ -13,7 +13,7 @@ from torch import nn
 from ...nn.blocks import install_blocks
 from .config import S2FTConfig
 from .lora import accelerate_lora
-from .s2ft import S2FTModel
+from .tuner import S2FTModel
 
 
 def fuse_blocks(model: nn.Module) -> nn.Module:
