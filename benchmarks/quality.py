@@ -165,7 +165,7 @@ def worker(order: dict[str, Any]) -> dict[str, Any]:
     steps, seconds = train_loop(cell, model, optimizer, autocast, train, collator, order["batch"])
     peak_bytes = _measure.peak("cpu") - before
     found = error_rate(held_out, pronounce(model, tokenizer, held_out))
-    return order | {
+    return {key: value for key, value in order.items() if key != "cache"} | {
         "steps": steps,
         "seconds": seconds,
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),

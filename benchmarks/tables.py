@@ -34,6 +34,14 @@ TITLES = {
 }
 
 
+QUALITY_TITLES = {
+    "s2ft": "inlay S2FT (o_proj + down_proj, 3%)",
+    "s2ft-down": "inlay S2FT (down_proj, 10%)",
+    "peft-lora": "PEFT LoRA (r=16, all linears)",
+    "full": "full fine-tuning",
+}
+
+
 def read(name: str) -> dict[str, Any] | None:
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.is_file() else None
@@ -78,38 +86,59 @@ def step_table(name: str, peer: str) -> str:
 
 
 def quality_table() -> str:
-    """Best cell of each method and budget by validation loss, mean over its seeds."""
+    """Error rate at every learning rate; the best by validation loss is bold, and a mean over its seeds."""
     result = read("quality")
     if result is None:
         return "not measured yet\n"
-    lines = [
-        "| method | equal | learning rate | phoneme error rate | forgetting (nats/token) | steps |",
-        "|---|---|---|---|---|---|",
-    ]
     cells = result["cells"]
-    for budget in ("steps", "minutes"):
+    lines = [
+        "| equal | method | phoneme error rate by learning rate | forgetting at the best (nats/token) | its steps |",
+        "|---|---|---|---|---|",
+    ]
+    for budget in ("minutes", "steps"):
         for method in dict.fromkeys(cell["method"] for cell in cells):
             group = [c for c in cells if c["method"] == method and c["budget"] == budget]
-            first = [c for c in group if c["seed"] == 0]
-            if not first:
-                continue
-            best = min(first, key=lambda c: c["validation_loss"])
-            seeds = [c for c in group if c["learning_rate"] == best["learning_rate"]]
-            error = sum(c["error_rate"] for c in seeds) / len(seeds)
-            forgot = sum(c["forgetting"] for c in seeds) / len(seeds)
-            steps = sum(c["steps"] for c in seeds) / len(seeds)
-            amount = f"{best['amount']:g} {budget}"
-            rate = f"{best['learning_rate']:g}"
-            lines.append(
-                f"| {method} | {amount} | {rate} | {error:.1%} ({len(seeds)} seeds) | {forgot:+.3f} | {steps:.0f} |"
-            )
+            if group:
+                lines.append(quality_row(group))
+    lines += ["", f"Two seeds at the best rate. {machine_line(cells[0]['machine'])}."]
     return "\n".join(lines) + "\n"
+
+
+def quality_row(group: list[dict[str, Any]]) -> str:
+    first = [c for c in group if c["seed"] == 0]
+    best = min(first, key=lambda c: c["validation_loss"])
+    seeds = [c for c in group if c["learning_rate"] == best["learning_rate"]]
+
+    def mean(key: str) -> float:
+        return sum(c[key] for c in seeds) / len(seeds)
+
+    rates = [
+        f"**{c['learning_rate']:g}: {mean('error_rate'):.1%}**"
+        if c is best
+        else f"{c['learning_rate']:g}: {c['error_rate']:.1%}"
+        for c in sorted(first, key=lambda c: c["learning_rate"])
+    ]
+    amount = f"{best['amount']:g} {best['budget'].removesuffix('s')}{'s' * (best['amount'] != 1)}"
+    title = QUALITY_TITLES.get(best["method"], best["method"])
+    return f"| {amount} | {title} | {', '.join(rates)} | {mean('forgetting'):+.3f} | {mean('steps'):.0f} |"
+
+
+def scale_table() -> str:
+    """GB per GPU, and GB sent per step, by number of GPUs."""
+    result = read("scale")
+    if result is None:
+        return "not estimated yet\n"
+    sys.path.insert(0, str(HERE))
+    from scale import table
+
+    return table(result["rows"]) + "\n"
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "train-step": lambda: step_table("train_step_cpu", "peft-lora"),
     "train-step-nf4": lambda: step_table("train_step_cpu_nf4", "peft-qlora"),
     "quality": quality_table,
+    "scale": scale_table,
 }
 
 

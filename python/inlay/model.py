@@ -102,6 +102,11 @@ class TunedModel(Mixed):
         """Write the active adapter to ``save_directory``; see :func:`inlay.adapters.save_adapter`."""
         from .adapters.save import save_adapter
 
+        if kwargs.get("push_to_hub"):
+            raise ValueError(
+                "push_to_hub=True: inlay writes adapters to disk and contacts no service; save to a folder, then "
+                "upload it with huggingface_hub's upload_folder"
+            )
         if is_main_process or (state_dict is None and any_sharded(self)):  # which every process has to gather
             save_adapter(self, save_directory, state_dict=state_dict)
 

@@ -243,3 +243,9 @@ def test_saving_again_replaces_the_adapter(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES
     loaded = inlay.load(llama(), tmp_path)
     assert_equal(eval_logits(loaded, text_batch(0)), eval_logits(tuned, text_batch(0)), "logits")
+
+
+def test_pushing_is_refused_aloud(tmp_path):
+    tuned = inlay.tune(BY_NAME["llama"].build(), inlay.S2FT(ratio=0.2))
+    with pytest.raises(ValueError, match="push_to_hub=True: inlay writes adapters to disk and contacts no service"):
+        tuned.save_pretrained(tmp_path, push_to_hub=True)

@@ -139,3 +139,30 @@ def test_show_mask_brackets_the_supervised_part():
     sample = encode_one(tokenizer, Plain("the cat:", " sat"))
     assert show_mask(tokenizer, sample) == "the cat:[[  sat<|im_end|> ]]"
     assert len(show_mask(tokenizer, encode_one(tokenizer, Plain("", "cat " * 900)), limit=100)) < 120
+
+
+# As Qwen and Hermes: tools in the system turn, calls as JSON in the assistant's, answers in a turn of their own.
+TOOLS = (
+    "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + (m.get('content') or '') }}"
+    "{% for call in m.get('tool_calls') or [] %}{{ '<call>' + (call | tojson) + '</call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_tool_calls_are_supervised_and_tool_answers_are_not():
+    tokenizer = build_tokenizer(TOOLS)
+    call = {"name": "look", "arguments": {"at": "cat"}}
+    messages = [
+        {"role": "user", "content": "what is there"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "a mat"},
+        {"role": "assistant", "content": "the mat"},
+    ]
+    sample = encode_one(tokenizer, Conversation(messages, tools=[{"name": "look"}]))
+    first, second = supervised(tokenizer, sample)
+    assert first.startswith("<call>") and '"look"' in first and first.endswith("</call><|im_end|>")
+    assert second == "the mat<|im_end|>"
+    whole = tokenizer.decode(sample["input_ids"])
+    assert whole.startswith("<|im_start|>system") and "a mat" in whole

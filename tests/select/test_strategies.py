@@ -36,7 +36,9 @@ def scores_of(model, strategy, names) -> dict[str, torch.Tensor]:
         weight, gradient = (weight.t(), gradient.t()) if transposed else (weight, gradient)
         dim = 0 if name.endswith(INPUT_SIDE) else 1
         size = weight.square().sum(dim).sqrt()
-        rows = torch.cat([x.detach().flatten(0, 1) for x in seen[name]])
+        rows = torch.cat(
+            [x.detach()[batch["attention_mask"].bool()] for x, batch in zip(seen[name], DATA, strict=True)]
+        )
         activation = rows.abs().mean(0)
         scores[name] = {
             "weight": size,

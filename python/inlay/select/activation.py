@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -41,12 +41,25 @@ def run_batches(model: nn.Module, batches: Iterable[Mapping[str, Any]], loss: bo
 def activation_scores(
     model: nn.Module, sides: Mapping[str, str], batches: Iterable[Mapping[str, Any]]
 ) -> dict[str, Tensor]:
-    """Mean ``|x_c|`` per input channel (side "in") or ``|y_c|`` per output channel of each named linear, fp32."""
+    """Mean ``|x_c|`` per input channel (side "in") or ``|y_c|`` per output channel of each named linear, fp32.
+
+    Positions that a batch's ``attention_mask [B, T]`` hides do not count.
+    """
     sums: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
+    mask: Tensor | None = None
+
+    def remembering() -> Iterator[Mapping[str, Any]]:
+        nonlocal mask
+        for batch in batches:
+            mask = batch.get("attention_mask")
+            yield batch
 
     def add(name: str, value: Tensor) -> None:
-        flat = value.detach().reshape(-1, value.shape[-1]).float().abs()
+        value = value.detach()
+        if mask is not None and mask.shape == value.shape[:-1]:
+            value = value[mask.to(value.device).bool()]
+        flat = value.reshape(-1, value.shape[-1]).float().abs()
         sums[name] = sums.get(name, torch.zeros(flat.shape[1], device=flat.device)) + flat.sum(dim=0)
         rows[name] = rows.get(name, 0) + flat.shape[0]
 
@@ -59,7 +72,7 @@ def activation_scores(
         for name, side in sides.items():
             handle = model.get_submodule(name).register_forward_hook(hook(name, side))
             stack.callback(handle.remove)
-        run_batches(model, batches)
+        run_batches(model, remembering())
     missing = [name for name in sides if name not in sums]
     if missing:
         raise ValueError(f"calibration never ran {missing[:3]}; use batches that reach them or exclude these modules")
