@@ -15,6 +15,7 @@ from torch import nn
 
 import inlay
 from inlay.bases import QuantizedLinear
+from inlay.nn.partial import stops_backprop
 
 peft = pytest.importorskip("peft")
 integration = pytest.importorskip("inlay.integrations.peft")
