@@ -3,6 +3,7 @@
 #include <string>
 
 #include "dispatch.h"
+#include "dynamic_map.h"
 
 namespace inlay {
 
@@ -107,11 +108,14 @@ void submatrix_grad(const TensorView& out, const TensorView& dy, const TensorVie
   constexpr const char* op = "submatrix_grad";
   check_lead(op, "dy", dy);
   check_lead(op, "x", x);
-  check_dtype(op, "dy", dy, DType::bf16);
-  check_dtype(op, "x", x, DType::bf16);
+  const std::string isa = kernels_for(op, dy.device).isa;
+  const int shares = isa == "cuda" || isa == "simt";  // dimensions in front of [N, s]
+  if (!shares) check_dtype(op, "dy", dy, DType::bf16);
+  if (dy.dtype == DType::f32) fail(op, "dy", "bfloat16 or float16", dy, "use the reference");
+  check_dtype(op, "x", x, dy.dtype);
   check_matrix(op, "x", x, dy.shape[0], x.shape[1]);
   check_dtype(op, "out", out, DType::f32);
-  if (out.ndim != 2 || out.shape[0] != dy.shape[1] || out.shape[1] != x.shape[1])
+  if (out.ndim != 2 + shares || out.shape[shares] != dy.shape[1] || out.shape[shares + 1] != x.shape[1])
     fail(op, "out", "[columns of dy, columns of x]", out, "match it to both");
   run(op, &KernelTable::submatrix_grad, out, dy, x);
 }
@@ -201,26 +205,61 @@ void cross_entropy_chunk(const TensorView& loss, const TensorView& logits, const
   run(op, &KernelTable::cross_entropy_chunk, loss, logits, labels, scale, write_grad);
 }
 
+// One list of an optimizer's call: as long as `params`, and each vector as size(its parameter's elements).
+template <class F>
+void check_list(const char* op, const char* name, const TensorList& list, DType dtype,
+                const TensorList& params, F&& size) {
+  if (list.size != params.size)
+    throw std::invalid_argument("inlay." + std::string(op) + ": " + name + ": wanted " +
+                                std::to_string(params.size) + " tensors, got " + std::to_string(list.size) +
+                                "; pass one per parameter");
+  for (int64_t i = 0; i < list.size; ++i) {
+    check_dtype(op, name, list.items[i], dtype);
+    check_vector(op, name, list.items[i], size(numel(params.items[i])));
+  }
+}
+
+void check_step(const char* op, int64_t step) {
+  if (step < 1)
+    throw std::invalid_argument("inlay." + std::string(op) + ": step: wanted 1 or more, got " +
+                                std::to_string(step) + "; count the first step as 1");
+}
+
 void adamw_step(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
                 const TensorList& exp_avg_sqs, double lr, double beta1, double beta2, double eps,
                 double weight_decay, int64_t step, double grad_scale) {
   constexpr const char* op = "adamw_step_";
-  const TensorList* lists[] = {&params, &grads, &exp_avgs, &exp_avg_sqs};
-  const char* names[] = {"params", "grads", "exp_avgs", "exp_avg_sqs"};
-  for (int l = 0; l < 4; ++l) {
-    if (lists[l]->size != params.size)
-      throw std::invalid_argument(
-          "inlay.adamw_step_: lists: wanted one length; pass one state per parameter");
-    for (int64_t i = 0; i < params.size; ++i) {
-      const TensorView& tensor = lists[l]->items[i];
-      check_dtype(op, names[l], tensor, DType::f32);
-      check_vector(op, names[l], tensor, numel(params.items[i]));
-    }
-  }
-  if (step < 1)
-    throw std::invalid_argument("inlay.adamw_step_: step: wanted 1 or more; count the first step as 1");
+  const auto same = [](int64_t size) { return size; };
+  check_list(op, "params", params, DType::f32, params, same);
+  check_list(op, "grads", grads, DType::f32, params, same);
+  check_list(op, "exp_avgs", exp_avgs, DType::f32, params, same);
+  check_list(op, "exp_avg_sqs", exp_avg_sqs, DType::f32, params, same);
+  check_step(op, step);
   run(op, &KernelTable::adamw_step, params, grads, exp_avgs, exp_avg_sqs, lr, beta1, beta2, eps, weight_decay,
       step, grad_scale);
+}
+
+void adamw_8bit_step(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
+                     const TensorList& exp_avg_sqs, const TensorList& exp_avg_absmaxes,
+                     const TensorList& exp_avg_sq_absmaxes, const TensorView& signed_map,
+                     const TensorView& unsigned_map, double lr, double beta1, double beta2, double eps,
+                     double weight_decay, int64_t step, double grad_scale) {
+  constexpr const char* op = "adamw_8bit_step_";
+  const auto same = [](int64_t size) { return size; };
+  const auto blocks = [](int64_t size) { return (size + kStateBlock - 1) / kStateBlock; };
+  check_list(op, "params", params, DType::f32, params, same);
+  check_list(op, "grads", grads, DType::f32, params, same);
+  check_list(op, "exp_avgs", exp_avgs, DType::u8, params, same);
+  check_list(op, "exp_avg_sqs", exp_avg_sqs, DType::u8, params, same);
+  check_list(op, "exp_avg_absmaxes", exp_avg_absmaxes, DType::f32, params, blocks);
+  check_list(op, "exp_avg_sq_absmaxes", exp_avg_sq_absmaxes, DType::f32, params, blocks);
+  for (const TensorView* map : {&signed_map, &unsigned_map}) {
+    check_dtype(op, "map", *map, DType::f32);
+    check_vector(op, "map", *map, 256);
+  }
+  check_step(op, step);
+  run(op, &KernelTable::adamw_8bit_step, params, grads, exp_avgs, exp_avg_sqs, exp_avg_absmaxes,
+      exp_avg_sq_absmaxes, signed_map, unsigned_map, lr, beta1, beta2, eps, weight_decay, step, grad_scale);
 }
 
 void causal_attention_backward(const TensorView& dq, const TensorView& dk, const TensorView& dv,

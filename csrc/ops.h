@@ -26,9 +26,10 @@ INLAY_OP(submatrix_scatter_add, (const TensorView& dx, const TensorView& indices
 // weight[r, indices[j]] = round(values[r, j])           weight float [R, K], values f32 [R, s], any strides
 INLAY_OP(submatrix_write, (const TensorView& weight, const TensorView& indices, const TensorView& values))
 
-// out[n, j] = Σ_m dy[m, n]·x[m, j] in fp32            out f32 [N, s], any strides; dy bf16 [M, N], x bf16 [M,
-// s], s the narrower. Exists at isa amx only.
-INLAY_CPU_OP(submatrix_grad, (const TensorView& out, const TensorView& dy, const TensorView& x))
+// out[n, j] = Σ_m dy[m, n]·x[m, j] in fp32            out f32, any strides; dy [M, N], x [M, s]; s ≤ N
+// CPU (isa amx only): out [N, s], dy and x bf16
+// CUDA: out [P, N, s], a sum per share of the tokens; dy and x bf16 or f16; s ≤ 64
+INLAY_OP(submatrix_grad, (const TensorView& out, const TensorView& dy, const TensorView& x))
 
 // out = act(gate)·up                                    float [M, K]; act 0 silu, 1 gelu tanh, 2 gelu erf
 INLAY_OP(swiglu_forward, (const TensorView& out, const TensorView& gate, const TensorView& up, int64_t act))
@@ -65,6 +66,18 @@ INLAY_OP(cross_entropy_chunk, (const TensorView& loss, const TensorView& logits,
 INLAY_OP(adamw_step, (const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
                       const TensorList& exp_avg_sqs, double lr, double beta1, double beta2, double eps,
                       double weight_decay, int64_t step, double grad_scale))
+
+// The same step with states of 8 bits: state[j] = map[code[j]]·absmax[j / 256], the dynamic maps of
+// arXiv:2110.02861. The step is taken with the new fp32 states, which are then coded: absmax = max |state| of
+// the block (a NaN is passed over), code = the level nearest to state/absmax; a positive v never becomes 0
+//
+// exp_avgs[i], exp_avg_sqs[i] u8 as long as params[i], absmaxes f32 [ceil(n/256)], all in place
+// maps f32 [256]
+INLAY_OP(adamw_8bit_step, (const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
+                           const TensorList& exp_avg_sqs, const TensorList& exp_avg_absmaxes,
+                           const TensorList& exp_avg_sq_absmaxes, const TensorView& signed_map,
+                           const TensorView& unsigned_map, double lr, double beta1, double beta2, double eps,
+                           double weight_decay, int64_t step, double grad_scale))
 
 // Gradients of softmax(q·kᵀ·scale, causal)·v, from out and the rows' logsumexp:
 //   P = exp(q·kᵀ·scale − lse)   dS = P·(dout·vᵀ − rowsum(dout·out))·scale   dq = dS·k   dk = dSᵀ·q   dv =

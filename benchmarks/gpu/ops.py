@@ -155,9 +155,21 @@ def block_cases(tokens: int = 8192, hidden: int = 4096, inner: int = 14336) -> I
     yield Case("submatrix_add", [op("submatrix_add", y, acc)], 4 * row)
     h, few = randn(tokens, inner), chosen[:430]
     yield Case("submatrix_gather", [op("submatrix_gather", h, few, BF16)], 2 * 2 * tokens * few.numel() / 1e9)
-    picked = h[:, :430].contiguous()
-    flops = 2 * tokens * hidden * 430 / 1e9
-    yield Case("submatrix_grad (torch.mm, fp32 out)", [op("submatrix_grad", y, picked)], 0, flops)
+    yield from grad_cases(tokens, hidden, inner)
+
+
+def grad_cases(tokens: int, hidden: int, inner: int) -> Iterator[Case]:
+    """What LoRA and S2FT ask for: the kernel up to 64 columns, torch.mm above; torch.mm beside both."""
+    for columns, chosen in ((inner, 16), (hidden, 16), (hidden, 64), (hidden, 430)):
+
+        def library(dy: torch.Tensor, x: torch.Tensor) -> Callable[[], Any]:
+            return lambda: torch.mm(dy.t(), x, out_dtype=torch.float32)
+
+        inputs = [(randn(tokens, columns), randn(tokens, chosen)) for _ in range(2)]
+        runs = [op("submatrix_grad", dy, x) for dy, x in inputs]
+        peers = {"torch.mm, fp32 out": [library(dy, x) for dy, x in inputs]}
+        read = 2 * tokens * (columns + chosen) / 1e9
+        yield Case(f"submatrix_grad [{columns}, {chosen}]", runs, read, 2 * tokens * columns * chosen / 1e9, peers)
 
 
 def adamw_cases() -> Iterator[Case]:
@@ -168,8 +180,13 @@ def adamw_cases() -> Iterator[Case]:
     for copy in copies:
         copy.grad = torch.rand_like(copy)
     peer = torch.optim.AdamW(copies, lr=1e-4, fused=True, capturable=True)
-    step = op("adamw_step_", *lists, 1e-4, 0.9, 0.999, 1e-8, 0.0, 1, 1.0)
+    scalars = (1e-4, 0.9, 0.999, 1e-8, 0.0, 1, 1.0)
+    step = op("adamw_step_", *lists, *scalars)
     yield Case(f"adamw_step {count / 1e6:.0f}M", [step], 7 * 4 * count / 1e9, peers={"torch fused": [peer.step]})
+    codes = [[torch.zeros_like(p, dtype=torch.uint8) for p in lists[0]] for _ in range(2)]
+    scales = [[torch.zeros(-(-p.numel() // 256), device=DEVICE) for p in lists[0]] for _ in range(2)]
+    step = op("adamw_8bit_step_", *lists[:2], *codes, *scales, *scalars)
+    yield Case(f"adamw_8bit_step {count / 1e6:.0f}M", [step], 16.0625 * count / 1e9)
 
 
 def library_cases() -> Iterator[Case]:
@@ -181,6 +198,28 @@ def library_cases() -> Iterator[Case]:
     yield Case("torch.mm 4096x4096x14336, rows 4160 apart", [lambda: x @ w.t()], 0, 2 * 4096 * 14336 * 4096 / 1e9)
 
 
+def panel_cases() -> Iterator[Case]:
+    """Does a dequantized panel that fits L2 save its way through memory, as on a CPU? The whole weight is what runs."""
+    out, width = LINEARS["gate"]
+    storages = [nf4(out, width) for _ in range(SETS)]
+    dense = torch.empty(out, width, device=DEVICE, dtype=BF16)
+
+    def product(storage: tuple, x: torch.Tensor, y: torch.Tensor, height: int) -> None:
+        for row in range(0, out, height):
+            panel = dense[:height][: out - row]
+            four_bit.dequantize_4bit_(panel, *storage, "nf4", 64, width, row, 0)
+            torch.mm(x, panel.t(), out=y[:, row : row + height])
+
+    for tokens in (1024, 256, 2048):
+        x, y = randn(tokens, width), randn(tokens, out)
+        peers = {
+            f"panels of {rows * width >> 19} MiB": [lambda s=s, x=x, y=y, h=rows: product(s, x, y, h) for s in storages]
+            for rows in (1024, 2048, 4096)
+        }
+        runs = [lambda s=s, x=x, y=y: product(s, x, y, out) for s in storages]
+        yield Case(f"dequantize + matmul gate M={tokens}", runs, 0, 2 * tokens * out * width / 1e9, peers)
+
+
 def all_cases() -> Iterator[Case]:
     decode = decode_cases()
     yield from dequantize_cases()
@@ -188,6 +227,7 @@ def all_cases() -> Iterator[Case]:
     yield from block_cases()
     yield from adamw_cases()
     yield from library_cases()
+    yield from panel_cases()
     yield from decode
 
 

@@ -1,9 +1,12 @@
-"""One AdamW step over many fp32 tensors against torch.optim.AdamW (foreach and fused)."""
+"""One AdamW step over many fp32 tensors, with fp32 and 8-bit states, against torch.optim.AdamW (foreach and fused)."""
 
 import torch
 from _bench import alternate, header, line
 
-from inlay.ops import adamw_step_
+from inlay.ops import adamw_8bit_step_, adamw_step_
+from inlay.ops.adamw import STATE_BLOCK
+
+SCALARS = (1e-3, 0.9, 0.999, 1e-8, 0.01)  # lr, betas, eps, weight decay
 
 
 def _optimizer(params, grads, **options):
@@ -13,20 +16,35 @@ def _optimizer(params, grads, **options):
     return torch.optim.AdamW(copies, lr=1e-3, **options)
 
 
+def _states_8bit(params):
+    codes = [[torch.zeros(p.shape, dtype=torch.uint8) for p in params] for _ in range(2)]
+    return *codes, *([torch.zeros(-(-p.numel() // STATE_BLOCK)) for p in params] for _ in range(2))
+
+
+def _check_8bit(params, grads, wanted):
+    """The first step loses nothing; the states it leaves are what is approximate."""
+    ours = [p.clone() for p in params]
+    adamw_8bit_step_(ours, grads, *_states_8bit(params), *SCALARS, 1, 1.0)
+    torch.testing.assert_close(ours, wanted)
+
+
 def main() -> None:
     header("adamw")
     for count, shape in ((60, (576, 46)), (30, (2048, 246)), (300, (16, 64))):
         params, grads = ([torch.randn(shape) for _ in range(count)] for _ in range(2))
-        ours = [p.clone() for p in params]
+        ours, coded = ([p.clone() for p in params] for _ in range(2))
         m, v = ([torch.zeros(shape) for _ in range(count)] for _ in range(2))
+        states = _states_8bit(params)
         plain = _optimizer(params, grads, foreach=False)
-        adamw_step_(ours, grads, m, v, 1e-3, 0.9, 0.999, 1e-8, 0.01, 1, 1.0)
+        adamw_step_(ours, grads, m, v, *SCALARS, 1, 1.0)
         plain.step()
         torch.testing.assert_close(ours, [p.detach() for p in plain.param_groups[0]["params"]])
+        _check_8bit(params, grads, ours)
         foreach, fused = _optimizer(params, grads, foreach=True), _optimizer(params, grads, fused=True)
         times = alternate(
             {
-                "ours": lambda: adamw_step_(ours, grads, m, v, 1e-3, 0.9, 0.999, 1e-8, 0.01, 2, 1.0),
+                "ours": lambda: adamw_step_(ours, grads, m, v, *SCALARS, 2, 1.0),
+                "8-bit states": lambda: adamw_8bit_step_(coded, grads, *states, *SCALARS, 2, 1.0),
                 "torch fused": fused.step,
                 "torch foreach": foreach.step,
             }

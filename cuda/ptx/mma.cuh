@@ -7,6 +7,8 @@
 // Of a pair in one register the first element is in the low half.
 #pragma once
 
+#include "device.cuh"
+
 namespace inlay {
 namespace cuda {
 

@@ -38,6 +38,12 @@ struct Place {
 #endif
 };
 
+struct Copy {
+  Copied* to;
+  const Copied* from;  // null: zeros
+  int group;
+};
+
 struct Thread {
   Place place;
   char* stack = nullptr;
@@ -48,6 +54,8 @@ struct Thread {
   unsigned mask = 0;
   Complete complete = nullptr;
   Lane lane;
+  std::vector<Copy> copies;  // under way
+  int group = 0;             // the one that the next copy belongs to
 };
 
 struct Block {
@@ -152,6 +160,8 @@ void start(Thread& thread) {
 #endif
   thread.state = State::runnable;
   thread.entered = false;
+  thread.copies.clear();
+  thread.group = 0;
   makecontext(&context, enter, 0);
 }
 
@@ -302,6 +312,29 @@ void collective(const char* name, unsigned mask, Complete complete, const void* 
   memset(mine->lane.out, 0xff, kExchange);
   yield(State::at_collective);
   memcpy(out, mine->lane.out, out_bytes);
+}
+
+static void land(const Copy& copy) { *copy.to = copy.from ? *copy.from : Copied{}; }
+
+void start_copy(Copied* to, const Copied* from) {
+  Thread* mine = block->now;
+  const Copy copy = {to, from, mine->group};
+  if (order == Order::reverse || (order == Order::random && random_bits() % 2)) return land(copy);
+  mine->copies.push_back(copy);
+}
+
+void commit_copies() { ++block->now->group; }
+
+void wait_for_copies(int groups) {
+  Thread* mine = block->now;
+  std::vector<Copy> later;
+  for (const Copy& copy : mine->copies)
+    if (copy.group < mine->group - groups) {
+      land(copy);
+    } else {
+      later.push_back(copy);
+    }
+  mine->copies = later;
 }
 
 unsigned vote(const char* name, unsigned mask, bool predicate) {

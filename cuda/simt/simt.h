@@ -71,6 +71,15 @@ using Complete = void (*)(Lane* lanes, unsigned mask);
 void collective(const char* name, unsigned mask, Complete complete, const void* in, size_t in_bytes,
                 void* out, size_t out_bytes);
 
+// Asynchronous copies of the running thread (ptx/cp_async.cuh). The hardware may copy at once, or as late as
+// at the wait: forward order copies late, reverse at once, random either way, copy by copy.
+struct alignas(16) Copied {
+  unsigned char bytes[16];
+};
+void start_copy(Copied* to, const Copied* from);  // from null: zeros
+void commit_copies();
+void wait_for_copies(int groups);  // until at most that many of the newest groups are under way
+
 template <class T>
 struct Brought {
   T value;

@@ -67,11 +67,13 @@ def test_capture_and_replay(gpu):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_submatrix_grad(gpu, dtype):
+@pytest.mark.parametrize("chosen", [16, 40, 64, 90])  # 90: torch.mm
+def test_submatrix_grad(gpu, dtype, chosen):
     """The sum over tokens stays fp32, whatever the inputs are."""
-    dy, x = torch.randn(4099, 96, device=gpu).to(dtype), torch.randn(4099, 40, device=gpu).to(dtype)
+    dy, x = torch.randn(4099, 96, device=gpu).to(dtype), torch.randn(4099, chosen, device=gpu).to(dtype)
     got, exact = RAW_OPS["submatrix_grad"](dy, x), dy.double().t() @ x.double()
     assert got.dtype == torch.float32 and float((got - exact).norm() / exact.norm()) < 5e-5
+    assert_bits(RAW_OPS["submatrix_grad"](dy, x).cpu(), got.cpu(), "again")
 
 
 @pytest.mark.parametrize("base", [None, "nf4"])

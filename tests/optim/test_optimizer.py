@@ -224,3 +224,77 @@ def test_clipping_and_scaling(update):
     norm = torch.nn.utils.clip_grad_norm_(trainable, 0.01)
     assert float(norm) > 0.01
     assert float(torch.stack([p.grad.norm() for p in trainable]).norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+# --- states of 8 bits -------------------------------------------------------------------------------------
+
+
+def big_parameters():
+    return [nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(i))) for i, shape in enumerate(BIG)]
+
+
+BIG = [(4096,), (64, 129), (4095,), (7, 3)]  # the last two keep fp32 states
+
+
+def test_8bit_states_and_their_size():
+    params, plain = big_parameters(), big_parameters()
+    ours, fp32 = inlay.optim.AdamW8bit(params, lr=0.1), inlay.optim.AdamW(plain, lr=0.1)
+    for step in range(3):
+        for group, optimizer in ((params, ours), (plain, fp32)):
+            set_gradients(group, step)
+            optimizer.step()
+    for p, q in zip(params[2:], plain[2:]):
+        assert_equal(p, q)
+    for p, q in zip(params[:2], plain[:2]):
+        state = ours.state[p]
+        assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.uint8 and state["exp_avg"].shape == p.shape
+        size = sum(t.nbytes for name, t in state.items() if name != "step")
+        assert size <= 2.04 * p.numel() and 0 < max_diff(p, q) < 0.05
+
+
+def test_8bit_resume_is_exact(tmp_path):
+    params, twin = big_parameters(), big_parameters()
+    one, other = inlay.optim.AdamW8bit(params, lr=0.03), inlay.optim.AdamW8bit(twin, lr=0.7)
+    for step in range(3):
+        set_gradients(params, step)
+        one.step()
+    torch.save((one.state_dict(), [p.detach() for p in params]), tmp_path / "checkpoint.pt")
+    state, values = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    with torch.no_grad():
+        for q, value in zip(twin, values):
+            q.copy_(value)
+    other.load_state_dict(state)
+    for step in range(3, 6):
+        for group, optimizer in ((params, one), (twin, other)):
+            set_gradients(group, step)
+            optimizer.step()
+    for p, q in zip(params, twin):
+        assert_equal(q, p)
+        for name, t in one.state[p].items():
+            assert other.state[q][name].dtype == t.dtype and torch.equal(other.state[q][name], t)
+
+
+def test_8bit_states_are_not_taken_for_fp32_ones():
+    params = big_parameters()
+    optimizer = inlay.optim.AdamW8bit(params)
+    set_gradients(params, 0)
+    optimizer.step()
+    with pytest.raises(ValueError, match="got states of 8 bits; load them into AdamW8bit"):
+        inlay.optim.AdamW(big_parameters()).load_state_dict(optimizer.state_dict())
+    plain = inlay.optim.AdamW(params)
+    plain.step()
+    resumed = inlay.optim.AdamW8bit(params)
+    resumed.load_state_dict(plain.state_dict())  # goes on with what was saved: fp32
+    resumed.step()
+    assert all("exp_avg_absmax" not in state for state in resumed.state.values())
+
+
+def test_8bit_converges_as_fp32_does():
+    losses = {}
+    for cls, options in ((inlay.optim.AdamW, {}), (inlay.optim.AdamW8bit, {"min_8bit_size": 0})):
+        tuned = inlay.tune(llama(), inlay.S2FT(ratio=0.3))
+        optimizer = cls([p for p in tuned.parameters() if p.requires_grad], lr=0.02, **options)
+        losses[cls] = train(tuned, optimizer, [text_batch(0)] * 30)
+    plain, ours = losses.values()
+    assert plain[-1] < 0.6 * plain[0]
+    assert ours[-1] == pytest.approx(plain[-1], rel=0.05) and ours != plain

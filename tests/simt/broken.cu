@@ -11,6 +11,8 @@
 #include <vector>
 
 #include "launch.cuh"
+#include "ptx/cp_async.cuh"
+#include "ptx/ldmatrix.cuh"
 #include "ptx/mma.cuh"
 
 namespace inlay {
@@ -149,6 +151,50 @@ __global__ void fragments(float* out, const float* in) {
   for (int r = 0; r < 4; ++r) out[(g + 8 * (r / 2)) * 8 + 2 * t + r % 2] = c[r];
 }
 
+// The same from shared memory, where A lies with k along rows.
+template <bool kBroken>
+__global__ void transposed_fragments(float* out, const float* in) {
+  INLAY_SHARED(uint16_t, left, 16 * 24);  // A[i][k] at [k·24 + i]
+  INLAY_SHARED(uint16_t, right, 16 * 24);
+  const int me = int(threadIdx.x), lane = me % 8, matrix = me / 8 % 4, g = me % kWarp / 4, t = me % 4;
+  for (int i = me; i < 256; i += kThreads) {
+    left[i / 16 * 24 + i % 16] = to_bf16(in[i % 16] + float(i / 16)).bits;
+    right[i / 16 * 24 + i % 16] = to_bf16(float(i / 16 - i % 16)).bits;
+  }
+  __syncthreads();
+  if (me >= kWarp) return;
+  const int below = kBroken ? matrix % 2 : matrix / 2, second = kBroken ? matrix / 2 : matrix % 2;
+  uint32_t a[4], b[4];
+  ldmatrix_transposed(a, left + (8 * below + lane) * 24 + 8 * second);
+  ldmatrix_transposed(b, right + (8 * (matrix % 2) + lane) * 24 + 8 * (matrix / 2));
+  float c[4] = {};
+  mma(c, a, {b[0], b[1]}, bf16{});
+  for (int r = 0; r < 4; ++r) out[(g + 8 * (r / 2)) * 8 + 2 * t + r % 2] = c[r];
+}
+
+// Shared memory holds what was copied only after a wait: for any group, and for the right one.
+template <bool kBroken>
+__global__ void no_wait(float* out, const float* in) {
+  INLAY_SHARED(float, tile, 4 * kThreads);
+  const int t = int(threadIdx.x);
+  cp_async(tile + 4 * t, in + t / 4 * 4, true);
+  cp_async_commit();
+  if (!kBroken) cp_async_wait<0>();
+  out[t] = tile[4 * t + t % 4];
+}
+
+template <bool kBroken>
+__global__ void wrong_group(float* out, const float* in) {
+  INLAY_SHARED(float, tile, 8 * kThreads);
+  const int t = int(threadIdx.x);
+  for (int half = 0; half < 2; ++half) {
+    cp_async(tile + 8 * t + 4 * half, in + t / 4 * 4, half == 1);
+    cp_async_commit();
+  }
+  cp_async_wait<kBroken ? 1 : 0>();
+  out[t] = tile[8 * t + t % 4] + tile[8 * t + 4 + t % 4];  // the first half is zeros
+}
+
 // --- what each must give
 // ------------------------------------------------------------------------------------------
 
@@ -191,6 +237,9 @@ std::map<std::string, Case> cases() {
       {"misaligned", {misaligned<kBroken>, 1, [](const auto& in, int) { return in[4] + in[7]; }}},
       {"unwritten", {unwritten<kBroken>, 64, same}},
       {"fragments", {fragments<kBroken>, 128, product_at}},
+      {"transposed_fragments", {transposed_fragments<kBroken>, 128, product_at}},
+      {"no_wait", {no_wait<kBroken>, 64, same}},
+      {"wrong_group", {wrong_group<kBroken>, 64, same}},
   };
 }
 

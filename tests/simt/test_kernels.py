@@ -6,15 +6,26 @@ and the CUDA kernels on a GPU (marked gpu).
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from _compare import DTYPES, assert_as_good, assert_bits, padded_rows, sorted_choice
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from inlay import _native
 from inlay.ops import force_path
 from inlay.ops._registry import RAW_OPS
-from inlay.ops.quantize_blockwise import dequantize_4bit, dequantize_4bit_, dequantize_absmax, levels, quantize_absmax
+from inlay.ops.quantize_blockwise import (
+    dequantize_4bit,
+    dequantize_4bit_,
+    dequantize_absmax,
+    dynamic_map,
+    levels,
+    quantize_absmax,
+)
+from inlay.ops.submatrix import narrow_grad
 from inlay.ops.swiglu import ACTIVATIONS
 
 # rows, width: one element, odd, packs of 8 and of 1, several blocks a row, no row
@@ -166,6 +177,50 @@ def test_adamw(place, shapes, misaligned):
         assert_as_good(got[2].cpu(), v.float(), v, "exp_avg_sq", slack=2)
 
 
+@pytest.mark.parametrize("sizes", [[1, 257, 0, 4096, 8195], [300] * 70])
+@pytest.mark.parametrize("misaligned", [False, True])
+def test_adamw_8bit(place, sizes, misaligned):
+    """Bit for bit the scalar CPU kernel (the others fuse multiply-adds), which tests/ops/test_adamw.py tests."""
+    if place.type == "cpu" and _native.module().isa() != "simt":
+        pytest.skip("tests/ops has its own")
+    lists = [[torch.randn(size) * (i + 1) for size in sizes] for i in range(2)]
+    lists += [[torch.randint(0, 256, (size,), dtype=torch.uint8) for size in sizes] for _ in range(2)]
+    lists += [[torch.rand(-(-size // 256)) for size in sizes] for _ in range(2)]
+    if misaligned:
+        lists[:4] = [[torch.cat((t.new_zeros(1), t))[1:] for t in tensors] for tensors in lists[:4]]
+    ours, wanted = moved(lists, place), moved(lists, "cpu")
+    maps = [dynamic_map(torch.device("cpu"), signed) for signed in (True, False)]
+    cpu_engine = importlib.import_module("inlay._C")
+    cpu_engine.set_isa("scalar")
+    for step in (3, 4):
+        scalars = (0.03, 0.8, 0.95, 1e-6, 0.1, step, 0.5)
+        RAW_OPS["adamw_8bit_step_"](*ours, *scalars)
+        cpu_engine.adamw_8bit_step(*wanted, *maps, *scalars)
+    for i, name in ((0, "params"), (2, "m"), (3, "v"), (4, "absmax of m"), (5, "absmax of v")):
+        for got, want in zip(ours[i], wanted[i], strict=True):
+            assert_bits(got.cpu(), want, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "tokens, columns, chosen",
+    [(600, 136, 16), (70, 64, 1), (257, 200, 40), (1, 9, 7), (513, 67, 64), (0, 8, 8), (64, 16, 0)],
+)
+def test_submatrix_grad(place, dtype, tokens, columns, chosen):
+    """The op, and the kernel for narrow deltas with one share of the tokens and several, either way round."""
+    dy, x = (padded_rows(randn(tokens, width, dtype=dtype)) for width in (columns, chosen))
+    for left, right in ((dy, x), (dy.contiguous(), x.contiguous())):
+        exact = left.double().t() @ right.double()
+        ways = [RAW_OPS["submatrix_grad"](*moved((left, right), place)).cpu()]
+        if place.type == "cuda" or _native.module().isa() == "simt":
+            for processors in (1, 8):
+                ways.append(narrow_grad(*moved((left, right), place), processors).cpu())
+                ways.append(narrow_grad(*moved((left, right), place), processors, transposed=True).cpu().t())
+        for got in ways:
+            assert got.dtype == torch.float32 and got.shape == exact.shape
+            assert float((got - exact).norm()) <= 5e-5 * float(exact.norm()), "wanted fp32 sums"
+
+
 # --- four bits -------------------------------------------------------------------------------------------------------
 
 
@@ -277,3 +332,79 @@ def test_round_trip_at_one_place(place):
         dense = dequantize_4bit(packed, absmax, "nf4", 64, 5, 640, torch.float32).cpu()
     spread = absmax.cpu().repeat_interleave(64).view(5, 640)
     assert bool(((dense - w.float()).abs() <= 0.152 * spread + 1e-38).all())
+
+
+# --- where things lie in memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", range(1, 8))
+def test_rows_that_start_anywhere(place, shift):
+    """16-byte loads must not be used for them; UBSan looks on."""
+    x = randn(6, 264, dtype=torch.bfloat16)
+    whole = x[:, shift : shift + 256].to(place)
+    view = x.to(place)[:, shift : shift + 256]
+    assert view.data_ptr() % 16 != 0
+    for name, args, close in (
+        ("swiglu_forward", lambda t: (t, t, "silu"), False),
+        ("submatrix_add", lambda t: (t, torch.ones(6, 256, device=t.device)), False),
+        ("cross_entropy_chunk_", lambda t: (t, torch.arange(6, device=t.device), 1.0, False), True),
+        ("rms_norm_forward", lambda t: (t, None, 1e-5, 0.0), True),
+    ):
+        got, wanted = outputs(RAW_OPS[name], args(view), ()), outputs(RAW_OPS[name], args(whole.contiguous()), ())
+        if close:  # lanes add other elements then
+            torch.testing.assert_close(got, wanted)
+        else:
+            assert_bits(got[0].cpu(), wanted[0].cpu(), name)
+
+
+FAR = (1 << 31) + 64
+
+
+def far_apart(path, values):
+    """The same rows, each beginning 2^31 elements behind the other, in a file of which only these pages exist."""
+    size = (values.shape[0] - 1) * FAR + values.shape[1]
+    memory = torch.from_file(str(path), shared=True, size=size, dtype=values.dtype)
+    view = memory.as_strided(values.shape, (FAR, 1))
+    view.copy_(values)
+    return view
+
+
+def test_rows_beyond_32_bits(place, tmp_path):
+    """An index of 32 bits would land in a hole of zeros, or outside."""
+    if place.type != "cpu":
+        pytest.skip("tests/gpu has its own")
+    x, indices = randn(3, 40, dtype=torch.bfloat16), torch.tensor([0, 7, 39])
+    far = far_apart(tmp_path / "x", x)
+    for name, args in (
+        ("swiglu_forward", lambda t: (t, t, "silu")),
+        ("submatrix_gather", lambda t: (t, indices, torch.float32)),
+        ("cross_entropy_chunk_", lambda t: (t, torch.tensor([1, 2, 3]), 1.0, False)),
+    ):
+        assert_bits(RAW_OPS[name](*args(far)), RAW_OPS[name](*args(x.clone())), name)
+    got, wanted = (RAW_OPS["rms_norm_forward"](t, None, 1e-5, 0.0)[0] for t in (far, x))
+    assert_bits(got, wanted, "rms_norm_forward")
+    acc = randn(3, 3)
+    RAW_OPS["submatrix_scatter_add_"](far, indices, acc)
+    RAW_OPS["submatrix_scatter_add_"](x, indices, acc)
+    assert_bits(far.clone(), x, "submatrix_scatter_add_")
+    if _native.module().isa() == "simt":
+        assert_bits(narrow_grad(far, far[:, :8], 1), narrow_grad(x, x[:, :8], 1), "submatrix_grad")
+
+
+def test_weights_beyond_32_bits(place, tmp_path):
+    """A rectangle at the end of a weight of 2^33 codes."""
+    if place.type != "cpu":
+        pytest.skip("tests/gpu has its own")
+    rows, columns = (1 << 20) + 1, 1 << 13
+    (packed, absmax, _, _), _ = packed_weight(1, columns, 64)
+    files = {"packed": rows * columns // 2, "absmax": rows * columns // 64}
+    big = {
+        name: torch.from_file(str(tmp_path / name), shared=True, size=size, dtype=part.dtype)
+        for (name, size), part in zip(files.items(), (packed, absmax))
+    }
+    big["packed"][-packed.numel() :] = packed
+    big["absmax"][-absmax.numel() :] = absmax
+    got, wanted = torch.empty(1, columns), torch.empty(1, columns)
+    dequantize_4bit_(got, big["packed"], big["absmax"], None, None, "nf4", 64, columns, rows - 1, 0)
+    dequantize_4bit_(wanted, packed, absmax, None, None, "nf4", 64, columns, 0, 0)
+    assert_bits(got, wanted)

@@ -1,7 +1,7 @@
 """The ops: each file has one op's checks, plain-torch reference, autograd and torch.library registration."""
 
 from inlay.ops._registry import force_path
-from inlay.ops.adamw import adamw_step_
+from inlay.ops.adamw import adamw_8bit_step_, adamw_step_
 from inlay.ops.attention import causal_attention
 from inlay.ops.base_products import DenseBase, DenseBaseT
 from inlay.ops.cross_entropy import linear_cross_entropy
@@ -14,6 +14,7 @@ from inlay.ops.swiglu import swiglu, swiglu_linear, swiglu_submatrix_linear
 __all__ = [
     "DenseBase",
     "DenseBaseT",
+    "adamw_8bit_step_",
     "adamw_step_",
     "causal_attention",
     "force_path",

@@ -72,14 +72,14 @@ def _bounds(quant_type: str) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def dynamic_map(device: torch.device = _CPU) -> Tensor:
-    """The signed 8-bit dynamic map: 256 sorted fp32 levels with 0 to 6 exponent bits (arXiv:2110.02861)."""
+def dynamic_map(device: torch.device = _CPU, signed: bool = True) -> Tensor:
+    """The 8-bit dynamic map: 256 sorted fp32 levels with 0 to 6 exponent bits (arXiv:2110.02861)."""
     values = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2 ** (exponent + (not signed)) + 1, dtype=torch.float32)
         means = (edges[:-1] + edges[1:]) / 2.0
         scale = 10 ** (exponent - 6)
-        values += (scale * means).tolist() + (-scale * means).tolist()
+        values += (scale * means).tolist() + ((-scale * means).tolist() if signed else [])
     return torch.tensor(sorted(values), dtype=torch.float32).to(device)
 
 

@@ -7,6 +7,8 @@ upcast on the way, and sums that are rounded once.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -172,12 +174,46 @@ def _grad_reference(dy: Tensor, x_sel: Tensor) -> Tensor:
     return right.t().mm(left).t().contiguous()
 
 
+#: Columns of the narrow operand up to which cuda/submatrix_grad.cu is used. It reads the wide one once, from as many
+#: blocks as the GPU holds; a library's tiles of 128 x 128 are mostly empty there. Predicted, not measured: wider ones,
+#: and all that is bound by arithmetic, are cuBLAS's.
+CUDA_NARROW = 64
+
+
+def narrow_grad(wide: Tensor, narrow: Tensor, processors: int, transposed: bool = False) -> Tensor:
+    """wideᵀ·narrow, fp32 [N, s] (transposed: [s, N]), by the CUDA kernel: sums over shares of the tokens, then theirs.
+
+    Two blocks of 64 columns for every multiprocessor keep memory busy; a share is worth its sums from 256 tokens on.
+    """
+    columns = wide.shape[1], narrow.shape[1]
+    blocks = max(1, -(-columns[0] // 64))
+    shares = max(1, min(-(-2 * processors // blocks), wide.shape[0] // 256))
+    shape = (shares, *(reversed(columns) if transposed else columns))
+    sums = torch.empty(shape, dtype=torch.float32, device=wide.device)
+    out = sums.transpose(1, 2) if transposed else sums
+    module().submatrix_grad(out, _unit_rows(wide), _unit_rows(narrow))
+    return sums[0] if shares == 1 else sums.sum(0)
+
+
+def _grad_on_cuda(left: Tensor, right: Tensor) -> Tensor:
+    transposed = left.shape[1] < right.shape[1]
+    wide, narrow = (right, left) if transposed else (left, right)
+    if narrow.shape[1] > CUDA_NARROW:
+        return torch.mm(left.t(), right, out_dtype=torch.float32)
+    return narrow_grad(wide, narrow, _processors(left.device), transposed)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _grad_native(dy: Tensor, x_sel: Tensor) -> Tensor:
     """Straight from 16 bits on AMX and on a GPU, elsewhere torch's fp32 product of fp32 copies."""
     _check_grad(dy, x_sel)
     left, right = as_rows(dy), as_rows(x_sel)
-    if left.is_cuda and left.dtype == right.dtype != torch.float32:
-        return torch.mm(left.t(), right, out_dtype=torch.float32)
+    if left.is_cuda and left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16):
+        return _grad_on_cuda(left, right)
     on_amx = left.is_cpu and module().isa() == "amx"
     if not (on_amx and left.dtype == right.dtype == torch.bfloat16 and left.numel() and right.numel()):
         return _grad_reference(dy, x_sel)

@@ -1,5 +1,5 @@
 """Optimizers."""
 
-from .adamw import AdamW
+from .adamw import AdamW, AdamW8bit
 
-__all__ = ["AdamW"]
+__all__ = ["AdamW", "AdamW8bit"]
