@@ -5,7 +5,8 @@ include(cuda/sources.cmake)
 # 90a code runs on sm_90 only, so newer GPUs need the PTX; sm_80 PTX is compiled by the driver for any of them.
 set(INLAY_CUDA_ARCHS "80-real;86-real;89-real;90a-real;80-virtual" CACHE STRING "CUDA architectures, as CMake names them")
 
-# The architecture of the first GPU, as CMake names it ("90a-real"); empty without nvcc or GPU.
+# The architecture of the first GPU, as CMake names it ("90a-real"); empty without nvcc, without a GPU, and for one older
+# than sm_80, which lacks cp.async and bf16 in its tensor cores.
 function(inlay_present_gpu result)
   set(${result} "" PARENT_SCOPE)
   find_program(INLAY_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin)
@@ -16,6 +17,10 @@ function(inlay_present_gpu result)
   execute_process(COMMAND ${INLAY_NVIDIA_SMI} --query-gpu=compute_cap --format=csv,noheader OUTPUT_VARIABLE capability
                   ERROR_QUIET TIMEOUT 20)
   if(capability MATCHES "^([0-9]+)\\.([0-9])")
+    if(CMAKE_MATCH_1 LESS 8)
+      message(STATUS "inlay: wanted a GPU of compute capability 8.0 or newer, got ${CMAKE_MATCH_1}.${CMAKE_MATCH_2}; plain torch runs there")
+      return()
+    endif()
     set(arch "${CMAKE_MATCH_1}${CMAKE_MATCH_2}")
     string(REPLACE "90" "90a" arch "${arch}")
     set(${result} "${arch}-real" PARENT_SCOPE)

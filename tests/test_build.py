@@ -27,9 +27,73 @@ def test_doctor_says_what_every_op_takes_and_why(monkeypatch):
     assert {f"op {name}" for name in RAW_OPS} <= set(report)
     if not _native.has_cuda():
         assert "no CUDA kernels in this build" in report["op swiglu_forward"]
-    assert "CPUs only" in report["op submatrix_grad"]
+    assert "torch's own attention" in report["op causal_attention_backward"].partition("CUDA")[2]
     monkeypatch.setenv("INLAY_FORCE_PATH", "reference")
     assert "INLAY_FORCE_PATH=reference" in dict(doctor.report())["op swiglu_forward"]
+
+
+def test_doctor_on_gpus(monkeypatch):
+    """What is said of a GPU, and of the ops on it, from what a build has code for."""
+    archs = {"value": "sm_80 sm_86 sm_89 sm_90a compute_80"}
+
+    class Engine:
+        def __getattr__(self, name):
+            return getattr(_native.module(), name)
+
+        def build_info(self):
+            ops = [name.rstrip("_").removesuffix("_small") for name in RAW_OPS]
+            return {"isas": ["scalar"], "openmp": True, "compiler": "a test", "cuda": True, "cuda_ops": ops} | {
+                "cuda_archs": archs["value"]
+            }
+
+        def isa(self):
+            return "scalar"
+
+        def available_isas(self):
+            return ["scalar"]
+
+        def num_threads(self):
+            return 1
+
+    monkeypatch.setattr(_native, "_C", Engine())
+    monkeypatch.setattr(_native, "module", Engine)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "some GPU")
+    for capability, value, code, op in [
+        ((9, 0), "sm_80 sm_90a compute_80", "compiled for it", "native kernel"),
+        ((10, 0), "sm_80 sm_90a compute_80", "code that runs on it", "native kernel"),
+        ((7, 5), "sm_80 sm_90a compute_80", "NO code for it", "no code for the GPU"),
+        ((10, 0), "sm_90a", "NO code for it", "no code for the GPU"),
+    ]:
+        archs["value"] = value
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i, capability=capability: capability)
+        _native.has_code_for.cache_clear()
+        report = dict(doctor.report())
+        assert code in report["GPU 0"] and op in report["op swiglu_forward"].partition("CUDA")[2]
+        assert value in report["CUDA kernels"]
+    _native.has_code_for.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "archs, capability, covered",
+    [
+        ("sm_80", (8, 0), True),
+        ("sm_80", (8, 9), True),
+        ("sm_86", (8, 0), False),
+        ("sm_80", (9, 0), False),
+        ("sm_90a", (9, 0), True),
+        ("sm_90a", (10, 0), False),
+        ("sm_90a compute_80", (12, 1), True),
+        ("compute_80", (7, 5), False),
+        ("compute_90a", (10, 0), False),
+        ("sm_100", (10, 3), True),
+        ("", (9, 0), False),
+    ],
+)
+def test_which_code_runs_on_which_gpu(archs, capability, covered):
+    assert _native.covers(archs, capability) is covered
 
 
 @pytest.mark.skipif(not _native.available(), reason="no native module")
@@ -67,6 +131,22 @@ def test_cuda_switch_refuses(tmp_path, value, message):
     command += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
     result = subprocess.run([*command, "-DINLAY_NVCC="], capture_output=True, text=True)
     assert result.returncode and message in result.stderr
+
+
+@pytest.mark.skipif(not shutil.which("cmake") or not shutil.which("ninja"), reason="no cmake and ninja")
+def test_auto_leaves_an_old_gpu_to_torch(tmp_path):
+    """Below sm_80 there is no cp.async to compile: CPU kernels only, and the reason."""
+    pybind11 = pytest.importorskip("pybind11")
+    for name, said in (("nvcc", ""), ("nvidia-smi", "7.5")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {said}\n")
+        (tmp_path / name).chmod(0o755)
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), "-G", "Ninja", "-DINLAY_CUDA=auto"]
+    command += [f"-DINLAY_NVCC={tmp_path / 'nvcc'}", f"-DINLAY_NVIDIA_SMI={tmp_path / 'nvidia-smi'}"]
+    command += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "wanted a GPU of compute capability 8.0 or newer, got 7.5" in result.stdout
+    assert "CPU kernels only" in result.stdout
 
 
 @pytest.mark.skipif(not _native.available() or _native.has_cuda(), reason="needs a build without CUDA kernels")

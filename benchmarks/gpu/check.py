@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "gpu"
 SITE = BUILD / "site"  # the package, as links, and the module built here
+PATH = os.pathsep.join([str(SITE), str(ROOT / "python")])  # without a build: the package with plain torch
 OUT = Path(os.environ.get("OUT") or ROOT / "build" / "gpu-check")
 BUDGET = float(os.environ.get("BUDGET_S") or 540)
 STARTED = time.monotonic()
@@ -72,7 +73,7 @@ def run(command: list[str], most: float, **variables: str) -> str:
     seconds = min(most, left())
     if seconds < 5:
         raise NotRun("no time left")
-    environment = {**os.environ, "PYTHONPATH": str(SITE), "HF_HUB_OFFLINE": "1", **variables}
+    environment = {**os.environ, "PYTHONPATH": PATH, "HF_HUB_OFFLINE": "1", **variables}
     pipe = subprocess.PIPE
     process = subprocess.Popen(
         command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=ROOT, start_new_session=True
@@ -134,6 +135,12 @@ def compile_commands(arch: str) -> dict[Path, list[str]]:
     }
 
 
+#: An editable install of this package is found before anything on PYTHONPATH.
+_NOT_EDITABLE = """import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "inlay" not in getattr(finder, "known_packages", ())]
+"""
+
+
 def build() -> dict[str, Any]:
     for tool in ("nvcc", "g++"):
         if not shutil.which(tool):
@@ -145,12 +152,16 @@ def build() -> dict[str, Any]:
     for entry in (ROOT / "python" / "inlay").iterdir():
         if not entry.name.startswith(("_C", "__pycache__")):
             (SITE / "inlay" / entry.name).symlink_to(entry)
+    (SITE / "sitecustomize.py").write_text(_NOT_EDITABLE)
     commands = compile_commands(arch)
     workers = int(os.environ.get("BUILD_JOBS") or os.cpu_count() or 1)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         list(pool.map(lambda item: run([*item[1], "-o", str(item[0])], 300), commands.items()))
     target = SITE / "inlay" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     run(["nvcc", "-shared", "-cudart", "static", "-o", str(target), *map(str, commands)], 120)
+    loaded = run([sys.executable, "-c", "import inlay._C; print(inlay._C.__file__)"], 120).strip()
+    if Path(loaded) != target:
+        raise RuntimeError(f"wanted {target}, Python imports {loaded}; uninstall inlay here")
     said = run([sys.executable, "-m", "inlay.doctor"], 120)
     return {"arch": arch, "gpu": gpu or "none: compiled, imported, not run", "doctor": said.splitlines()}
 

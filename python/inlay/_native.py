@@ -7,6 +7,7 @@ that one runtime. The other order can put two OpenMP runtimes, hence two thread 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import re
@@ -47,12 +48,33 @@ def has_cuda() -> bool:
     return _C is not None and bool(_C.build_info()["cuda"])
 
 
+def covers(archs: str, capability: tuple[int, int]) -> bool:
+    """Does "sm_80 sm_90a compute_80" have code for a GPU of this compute capability?
+
+    Machine code runs on its own major version from its minor version on ("a": on that version alone); PTX, which the
+    driver compiles, on every later one.
+    """
+    for kind, major, minor, exact in re.findall(r"(sm|compute)_(\d+)(\d)(a?)", archs):
+        built = int(major), int(minor)
+        if capability == built or (kind == "compute" and not exact and capability > built):
+            return True
+        if kind == "sm" and not exact and capability[0] == built[0] and capability > built:
+            return True
+    return False
+
+
+@functools.cache
+def has_code_for(device: int) -> bool:
+    """True if the engine was built with code for this GPU."""
+    return _C is not None and covers(_C.build_info().get("cuda_archs", ""), torch.cuda.get_device_capability(device))
+
+
 _cuda_tensors_fit = has_cuda()
 
 
 def runs_on(tensor: torch.Tensor) -> bool:
     """True if the engine has kernels for the device of ``tensor``."""
-    return tensor.is_cpu or (tensor.is_cuda and _cuda_tensors_fit)
+    return tensor.is_cpu or (tensor.is_cuda and _cuda_tensors_fit and has_code_for(tensor.get_device()))
 
 
 @contextlib.contextmanager

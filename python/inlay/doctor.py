@@ -12,6 +12,8 @@ import torch
 
 from inlay import _native
 from inlay.ops._registry import RAW_OPS
+from inlay.ops.quantized_linear import CUDA_SMALL_ROWS, CUDA_SMALL_ROWS_PLAIN
+from inlay.ops.submatrix import CUDA_NARROW
 
 _PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "peft", "trl", "bitsandbytes", "numpy")
 _VARIABLES = ("INLAY_ISA", "INLAY_FORCE_PATH", "OMP_NUM_THREADS", "OMP_PROC_BIND", "KMP_AFFINITY")
@@ -67,16 +69,46 @@ def _gpu_lines() -> Iterator[tuple[str, str]]:
     archs = _native.module().build_info().get("cuda_archs", "") if _native.available() else ""
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
-        known = f"sm_{major}{minor}" in archs
         code = (
-            "compiled for it" if known else "PTX, compiled by the driver" if "compute_" in archs else "NO code for it"
+            "compiled for it"
+            if f"sm_{major}{minor}" in archs
+            else "code that runs on it"
+            if _native.covers(archs, (major, minor))
+            else "NO code for it, so that plain torch runs; build with INLAY_CUDA_ARCHS"
         )
         suffix = f"; inlay: {code}" if archs else ""
         yield f"GPU {i}", f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}{suffix}"
 
 
-#: Raw ops whose kernel exists on AMX only, and what runs elsewhere.
-_AMX_ONLY = {"submatrix_grad": "torch.mm in fp32", "causal_attention_backward": "torch's own attention"}
+#: Raw ops whose CPU kernel wants AMX, and what runs without it.
+_WITHOUT_AMX = {"submatrix_grad": "torch.mm in fp32", "causal_attention_backward": "torch's own attention"}
+
+#: What a call on a GPU takes where it is not simply the op's kernel, and why.
+_ON_CUDA = {
+    "submatrix_grad": f"native kernel up to {CUDA_NARROW} columns (it reads the gradient once), torch.mm with fp32 "
+    "output above (arithmetic is the bound there, and cuBLAS's)",
+    "causal_attention_backward": "torch's own attention (flash attention is there already)",
+    "quantized_linear_small": f"native kernel: tensor cores up to {CUDA_SMALL_ROWS} rows of 16 bits, a warp per output "
+    f"up to {CUDA_SMALL_ROWS_PLAIN} of others; more rows dequantize for torch.matmul",
+}
+
+
+def _on_cpu(kernel: str, isa: str) -> str:
+    if kernel in _WITHOUT_AMX and isa != "amx":
+        return f"{_WITHOUT_AMX[kernel]} (the kernel wants AMX)"
+    return f"native, {isa}"
+
+
+def _on_cuda(name: str, kernel: str, built: list[str]) -> str:
+    if name == "causal_attention_backward":
+        return _ON_CUDA[name]
+    if not built:
+        return "plain torch (no CUDA kernels in this build)"
+    if kernel not in built:
+        return "plain torch (this op has no CUDA kernel)"
+    if torch.cuda.is_available() and not _native.has_code_for(torch.cuda.current_device()):
+        return "plain torch (this build has no code for the GPU)"
+    return _ON_CUDA.get(name, "native kernel")
 
 
 def _op_lines() -> Iterator[tuple[str, str]]:
@@ -85,17 +117,9 @@ def _op_lines() -> Iterator[tuple[str, str]]:
         return
     engine = _native.module()
     forced = os.environ.get("INLAY_FORCE_PATH") == "reference"
-    on_cuda = engine.build_info().get("cuda_ops", [])
     for name in sorted(RAW_OPS):
         kernel = name.rstrip("_").removesuffix("_small")
-        cpu, cuda = f"native, {engine.isa()}", "native kernel"
-        if kernel in _AMX_ONLY:
-            cpu = cpu if engine.isa() == "amx" else f"{_AMX_ONLY[kernel]} (the kernel wants AMX)"
-            cuda = f"{_AMX_ONLY[kernel]} (kernel for CPUs only)"
-        elif not on_cuda:
-            cuda = "plain torch (no CUDA kernels in this build)"
-        elif kernel not in on_cuda:
-            cuda = "plain torch (this op has no CUDA kernel)"
+        cpu, cuda = _on_cpu(kernel, engine.isa()), _on_cuda(name, kernel, engine.build_info().get("cuda_ops", []))
         if forced:
             cpu = cuda = "plain torch (INLAY_FORCE_PATH=reference)"
         yield f"op {name}", f"CPU: {cpu}; CUDA: {cuda}"
