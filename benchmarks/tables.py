@@ -134,11 +134,46 @@ def scale_table() -> str:
     return table(result["rows"]) + "\n"
 
 
+def op_table(*ops: str) -> str:
+    """Milliseconds of each case of the op benchmarks, and how many times as long each peer takes."""
+    lines, machine = ["| case | inlay | peers, times as long |", "|---|---|---|"], None
+    for op in ops:
+        result = read(f"ops/{op}")
+        if result is None:
+            continue
+        machine = result["machine"]
+        before = ""
+        for case in result["cases"]:
+            name = case["case"].strip() if case["case"][0] != " " else f"{before}, {case['case'].strip()}"
+            before = before if case["case"][0] == " " else name
+            ours, *peers = case["milliseconds"].items()
+            ratios = ", ".join(f"{peer} {time / ours[1]:.2f}x" for peer, time in peers)
+            lines.append(f"| {name} | {ours[1]:.2f} ms | {ratios} |")
+    if machine is None:
+        return "not measured yet\n"
+    return "\n".join([*lines, "", f"{machine_line(machine)}."]) + "\n"
+
+
+def generate_table() -> str:
+    """Greedy decoding with an adapter active."""
+    result = read("generate_cpu")
+    if result is None:
+        return "not measured yet\n"
+    lines = ["| SmolLM2-135M on nf4, adapter active | batch | tokens/s |", "|---|---|---|"]
+    for row in result["rows"]:
+        title = TITLES.get(row["method"], row["method"])
+        lines.append(f"| {title} | {row['batch']} | {row['tokens_per_second']:.1f} ({row['ratio']:.2f}x) |")
+    return "\n".join([*lines, "", f"{machine_line(result['machine'])}."]) + "\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "train-step": lambda: step_table("train_step_cpu", "peft-lora"),
     "train-step-nf4": lambda: step_table("train_step_cpu_nf4", "peft-qlora"),
     "quality": quality_table,
     "scale": scale_table,
+    "four-bit-ops": lambda: op_table("quantize_blockwise", "quantized_linear"),
+    "cross-entropy": lambda: op_table("cross_entropy"),
+    "generate": generate_table,
 }
 
 
