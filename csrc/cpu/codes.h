@@ -76,6 +76,27 @@ struct Scales {
     const volatile float product = map[codes[block]] * absmax[block / 256];  // volatile: no contraction
     return product + offset;
   }
+
+  // out[i] = at(first + i)
+  void fill(float* out, int64_t first, int64_t count) const {
+    if (!codes) {
+      memcpy(out, absmax + first, size_t(count) * sizeof(float));
+      return;
+    }
+    int64_t i = 0;
+#if defined(INLAY_VEC_avx512)
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (; i + 16 <= count; i += 16) {
+      const __m512i coarse = _mm512_add_epi32(lanes, _mm512_set1_epi32(int((first + i) % 256)));
+      const float* near = absmax + (first + i) / 256;
+      __m512 product = _mm512_mul_ps(_mm512_i32gather_ps(Levels::bytes(codes + first + i), map, 4),
+                                     _mm512_i32gather_ps(_mm512_srli_epi32(coarse, 8), near, 4));
+      asm("" : "+v"(product));  // no contraction here either
+      _mm512_storeu_ps(out + i, _mm512_add_ps(product, _mm512_set1_ps(offset)));
+    }
+#endif
+    for (; i < count; ++i) out[i] = at(first + i);
+  }
 };
 
 }  // namespace

@@ -12,6 +12,8 @@ constexpr int kRows = 4;  // weight rows per tile: each load of x serves all of 
 constexpr int kTokens =
     4;  // rows of x per tile: kRows·kTokens accumulators fill half the registers of AVX-512
 
+constexpr int64_t kScales = 64;  // of a row, decoded at once where they are themselves in 8 bits
+
 // Bytes of a row fetched ahead of use; past its end is the next row, or nothing that faults.
 constexpr int64_t kAhead = 512;
 
@@ -47,26 +49,41 @@ struct Weight {
 // sums[r][t] = W[n + r] · x[m + t]. Blocks do not straddle rows here, and hold whole Vecs of bytes.
 template <int Rows, int Tokens>
 void dot_tile(const Weight& w, const Split& x, int64_t n, int64_t m, float (&sums)[kRows][kTokens]) {
-  Vec total[Rows][Tokens];
+  // With one or two tokens a block's products are scaled once, when they are summed; with more there are no
+  // registers left for sums of a block.
+  constexpr bool kScaleSums = Tokens <= 2;
+  Vec total[Rows][Tokens], part[Rows][Tokens];
+  auto& running = kScaleSums ? part : total;
   for (auto& r : total)
     for (Vec& t : r) t = Vec(0.0f);
   const int64_t blocks = w.columns / w.blocksize, bytes = w.blocksize / 2;
+  float scales[Rows][kScales];
   for (int64_t b = 0; b < blocks; ++b) {
+    if (b % kScales == 0)
+      for (int r = 0; r < Rows; ++r)
+        w.scales.fill(scales[r], (n + r) * blocks + b, blocks - b < kScales ? blocks - b : kScales);
     Vec scale[Rows];
     for (int r = 0; r < Rows; ++r) {
-      scale[r] = Vec(w.scales.at((n + r) * blocks + b));
+      scale[r] = Vec(scales[r][b % kScales]);
       __builtin_prefetch(w.packed + (n + r) * (w.columns / 2) + b * bytes + kAhead);
     }
+    if (kScaleSums)
+      for (auto& r : part)
+        for (Vec& t : r) t = Vec(0.0f);
     for (int64_t k = b * bytes; k < (b + 1) * bytes; k += Vec::kWidth) {
       for (int r = 0; r < Rows; ++r) {
         const uint8_t* p = w.packed + (n + r) * (w.columns / 2) + k;
-        const Vec even = w.levels.high(p) * scale[r], odd = w.levels.low(p) * scale[r];
+        const Vec even = kScaleSums ? w.levels.high(p) : w.levels.high(p) * scale[r];
+        const Vec odd = kScaleSums ? w.levels.low(p) : w.levels.low(p) * scale[r];
         for (int t = 0; t < Tokens; ++t) {
-          total[r][t] = fma(even, load(x.even(m + t) + k), total[r][t]);
-          total[r][t] = fma(odd, load(x.odd(m + t) + k), total[r][t]);
+          running[r][t] = fma(even, load(x.even(m + t) + k), running[r][t]);
+          running[r][t] = fma(odd, load(x.odd(m + t) + k), running[r][t]);
         }
       }
     }
+    if (kScaleSums)
+      for (int r = 0; r < Rows; ++r)
+        for (int t = 0; t < Tokens; ++t) total[r][t] = fma(part[r][t], scale[r], total[r][t]);
   }
   for (int r = 0; r < Rows; ++r)
     for (int t = 0; t < Tokens; ++t) sums[r][t] = sum(total[r][t]);
