@@ -35,6 +35,7 @@ def test_trains_measures_and_prints(capsys):
     out = capsys.readouterr().out
     assert "cat:[[  tac<|im_end|> ]]" in out and "loss on completions only" in out
     assert "trainable params:" in out and "tokens/s" in out and "padding" in out
+    assert "(estimated " in out and result.expected_memory_bytes > 0
 
 
 def test_padding_and_tokens_are_counted_exactly():

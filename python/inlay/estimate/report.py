@@ -20,10 +20,10 @@ class Estimate:
         optimizer_state, gradients: of the trainable parameters.
         kept: what is kept for backward when it begins, by kind.
         at_peak: everything but weights, parameters and optimizer state when their sum is highest, by kind.
-        runtime: what the libraries take besides tensors (see :data:`RUNTIME`).
+        runtime: what allocator and libraries take besides tensors: at least, as expected, and at most.
         flops: floating-point operations of a step by part; a multiply and an add count as two.
         adapter: bytes of ``adapter_model.safetensors``. tokens: in the batch.
-        units: bytes of frozen weights in all blocks, in the largest one, and in the rest: what gets sharded.
+        units: bytes of frozen weights in "blocks" and in the "rest", and of the "largest" block, adapter included.
     """
 
     setting: dict[str, Any]
@@ -33,7 +33,7 @@ class Estimate:
     gradients: int
     kept: dict[str, int]
     at_peak: dict[str, int]
-    runtime: tuple[int, int, int]
+    runtime: tuple[int, ...]
     flops: dict[str, float]
     adapter: int
     tokens: int
@@ -51,7 +51,7 @@ class Estimate:
 
     @property
     def low(self) -> int:
-        """Peak above the loaded model if libraries take what they take at the least."""
+        """Peak above the loaded model if allocator and libraries take the least they were seen to."""
         return self.counted + self.runtime[0]
 
     @property
@@ -61,7 +61,7 @@ class Estimate:
 
     @property
     def high(self) -> int:
-        """Peak above the loaded model if libraries take what they take at the most."""
+        """Peak above the loaded model if allocator and libraries take the most they were seen to."""
         return self.counted + self.runtime[2]
 
     @property
@@ -86,7 +86,7 @@ class Estimate:
         lines += _rows({"frozen weights": self.weights})
         above = {"adapter parameters": self.trainable, "optimizer state": self.optimizer_state}
         above |= {_TITLES.get(kind, f"kept: {kind}"): size for kind, size in _by_size(self.at_peak)}
-        above |= {"libraries": self.runtime[1]}
+        above |= {"allocator and libraries": self.runtime[1]}
         lines += _rows(above)
         lines.append(f"  {'peak above the model':28}{self.peak / MIB:12,.1f}   ({self._range()})")
         lines.append(f"  {'peak':28}{self.total / MIB:12,.1f}")

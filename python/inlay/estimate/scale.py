@@ -6,7 +6,7 @@ blocks (embedding, head), T the adapter's fp32 parameters, A what a step adds (a
     DDP     memory  W + R + T + state + gradients + buckets (as large as the gradients) + A
             sent    2·(N-1)/N·T                                  ring all-reduce of the gradients
     FSDP2   memory  (W + R)/N + R + 2·U + (T + state + gradients)/N + A
-            sent    (N-1)/N·(2·W + R + T)                        gathered in forward and backward; reduce-scatter
+            sent    (N-1)/N·(2·W + R + 3·T)                        gathered in forward and backward; reduce-scatter
 """
 
 from __future__ import annotations
@@ -58,5 +58,5 @@ def per_gpu(estimate: Estimate, gpus: int, engine: str) -> PerGPU:
         buckets = trainable if gpus > 1 else 0
         return PerGPU(gpus, engine, blocks + rest, 0, states + buckets, step, 2 * others * trainable // gpus)
     gathered = rest + 2 * largest if gpus > 1 else 0
-    sent = others * (2 * blocks + rest + trainable) // gpus
+    sent = others * (2 * blocks + rest + 3 * trainable) // gpus
     return PerGPU(gpus, engine, (blocks + rest) // gpus, gathered, states // gpus, step, sent)

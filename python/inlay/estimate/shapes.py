@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..bases import BaseConfig
 from ..methods import Method
 from ..model import state_of
+from ..nn.tuned_linear import HOOKS
 from ..ops.attention import CausalAttention, tiles_fit
 from ..tune import DEFAULT_ADAPTER, attach, check_base_fits, check_tunable
 
@@ -55,14 +56,18 @@ def _from_config(config: Any, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of the modules that shares no tensor with ``model``; tied weights stay tied."""
+    """A copy of the modules that shares no tensor with ``model``, and no hook; tied weights stay tied."""
     memo: dict[int, Any] = {}
     for tensor in chain(model.parameters(), model.buffers()):
         empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         if isinstance(tensor, nn.Parameter):
             empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = empty
-    return copy.deepcopy(model, memo)
+    made = copy.deepcopy(model, memo)
+    for module in made.modules():
+        for hooks in HOOKS:
+            setattr(module, hooks, type(getattr(module, hooks))())
+    return made
 
 
 def _cast(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:

@@ -101,11 +101,12 @@ class LoRA(Method):
         cls, methods: Sequence[Method], weights: Sequence[float], parts: Sequence[Mapping[str, Delta]]
     ) -> tuple[Method, dict[str, Delta]]:
         _, deltas = super().combine(methods, weights, parts)
+        first: Any = methods[0]
         r = max(delta.lora_A.shape[0] for delta in deltas.values() if isinstance(delta, LowRankDelta))
         for delta in deltas.values():
             if isinstance(delta, LowRankDelta):
                 delta.pad(r)
-        return replace(methods[0], r=r, lora_alpha=r, use_rslora=False, init="default"), deltas
+        return replace(first, r=r, lora_alpha=r, use_rslora=False, init="default"), deltas
 
     def _build(self, module: nn.Module, *, where: str) -> LowRankDelta:
         generator = generator_of(self.seed, where)

@@ -119,8 +119,9 @@ class S2FT(Method):
         cls, methods: Sequence[Method], weights: Sequence[float], parts: Sequence[Mapping[str, Delta]]
     ) -> tuple[Method, dict[str, Delta]]:
         _, deltas = super().combine(methods, weights, parts)
+        first: Any = methods[0]
         sides = {name: delta.side for name, delta in deltas.items() if isinstance(delta, SubmatrixDelta)}
-        return replace(methods[0], target_modules=sorted(deltas), side=sides), deltas
+        return replace(first, target_modules=sorted(deltas), side=sides), deltas
 
     def _build(self, module: nn.Module, *, indices: Tensor, where: str) -> Delta:
         if self.keep == "exact":

@@ -12,7 +12,7 @@ from ..deltas import Delta
 from ..ops.swiglu import swiglu
 
 #: Where torch keeps the hooks of a module.
-_HOOKS = (
+HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks",
@@ -25,7 +25,7 @@ _HOOKS = (
 
 def is_watched(module: nn.Module) -> bool:
     """True if hooks, or a ``forward`` put in place of its class's, rely on calls of ``module``."""
-    return any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in module.__dict__
+    return any(getattr(module, hooks) for hooks in HOOKS) or "forward" in module.__dict__
 
 
 class TunedLinear(nn.Linear):
@@ -56,7 +56,7 @@ class TunedLinear(nn.Linear):
         self.active: tuple[str, ...] = ()
         self.plain_holder = (module,)  # a tuple, so that it is not a submodule and adds no state-dict keys
         self.training = module.training
-        for hooks in _HOOKS:  # the same dicts, so that a hook stays whichever of the two it was put on
+        for hooks in HOOKS:  # the same dicts, so that a hook stays whichever of the two it was put on
             setattr(self, hooks, getattr(module, hooks))
         self._is_full_backward_hook = module._is_full_backward_hook
 

@@ -18,6 +18,7 @@ from ..model import state_of
 from ..nn.head import FusedCausalLoss
 from ..tune import tune
 from .arguments import training_arguments as build_arguments
+from .expected import expected_peak
 from .memory import PeakMemory
 from .preflight import Preflight
 from .trainer import Trainer
@@ -35,9 +36,12 @@ class FinetuneResult:
     output_dir: str | None
     seconds: float = 0.0
     eval_losses: dict[int, float] = field(default_factory=dict)  # optimizer step -> loss on eval_data
+    expected_memory_bytes: int | None = None  # the same peak as inlay.estimate has it; None where it cannot tell
 
     def __str__(self) -> str:
         memory = "unknown" if self.peak_memory_bytes is None else f"{self.peak_memory_bytes / 2**20:,.0f} MiB"
+        if self.expected_memory_bytes is not None:
+            memory += f" (estimated {self.expected_memory_bytes / 2**20:,.0f})"
         return (
             f"{self.steps} steps in {self.seconds:.1f} s: {self.tokens_per_second:,.0f} tokens/s, "
             f"{self.padding_fraction:.1%} padding, peak memory {memory} above the loaded model"
@@ -119,6 +123,7 @@ def finetune(
 
 def run(trainer: Trainer, *, save: bool, resume_from_checkpoint: str | bool | None = None) -> FinetuneResult:
     """Train, measure, evaluate, save."""
+    expected = expected_peak(trainer)
     memory = PeakMemory(trainer.args.device)
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     peak = memory.bytes()
@@ -134,6 +139,7 @@ def run(trainer: Trainer, *, save: bool, resume_from_checkpoint: str | bool | No
         output_dir=trainer.args.output_dir if save else None,
         seconds=trainer.meter.seconds,
         eval_losses={e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e},
+        expected_memory_bytes=expected,
     )
     if save:
         trainer.save_model()
