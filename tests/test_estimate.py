@@ -1,5 +1,6 @@
 """Estimates against what a real step does: kept bytes, highest bytes alive, FLOPs, files, and measured memory."""
 
+import dataclasses
 import json
 import weakref
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 import inlay
 from inlay.adapters.files import WEIGHTS_NAME
 from inlay.cli import main
+from inlay.estimate import per_gpu
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 METHODS = {"s2ft": inlay.S2FT(ratio=0.25), "lora": inlay.LoRA(r=4)}
@@ -182,6 +184,24 @@ def test_a_config_its_folder_a_model_and_a_tuned_model_agree(tmp_path):
 def test_selection_needs_no_data():
     strategies = [inlay.S2FT(ratio=0.25, strategy=s) for s in ("random", "weight", "gradient")]
     assert len({inlay.estimate(families.llama(), method, batch=1, seq=8).peak for method in strategies}) == 1
+
+
+def test_several_gpus():
+    found = inlay.estimate(families.llama().config, METHODS["lora"], base="nf4", batch=1, seq=8, device="cuda")
+    one, two, many = (per_gpu(found, gpus, "fsdp2") for gpus in (1, 2, 1000))
+    assert found.total <= one.memory <= found.total + found.gradients and one.sent == 0  # all gradients at the peak
+    assert one == dataclasses.replace(per_gpu(found, 1, "ddp"), engine="fsdp2")
+    model = inlay.tune(families.llama().bfloat16(), METHODS["lora"], base="nf4")
+    blocks = sum(p.nbytes for p in model.model.layers.parameters() if not p.requires_grad)
+    block = sum(p.nbytes for p in model.model.layers[0].parameters())
+    rest = found.weights - blocks
+    assert (two.weights, two.gathered) == (found.weights // 2, rest + 2 * block)
+    assert two.states == 4 * found.trainable // 2 and two.step == one.step
+    assert two.sent == (2 * blocks + rest + 3 * found.trainable) // 2 < many.sent < 2 * two.sent
+    doubled = per_gpu(found, 2, "ddp")
+    assert doubled.sent == found.trainable and doubled.memory == one.memory + found.trainable
+    with pytest.raises(ValueError, match="ddp"):
+        per_gpu(found, 2, "zero3")
 
 
 @pytest.mark.parametrize(
