@@ -72,6 +72,12 @@ class FourBit(Storage):
             dy, packed, absmax, codes, offset, self.quant_type, self.blocksize, self.columns
         )
 
+    def add_backward_input(self, dx: Tensor, dy: Tensor, *tensors: Tensor | None) -> None:
+        packed, absmax, codes, offset, _ = tensors
+        quantized_linear_backward_input(
+            dy, packed, absmax, codes, offset, self.quant_type, self.blocksize, self.columns, onto=dx
+        )
+
     def dequantize(self, dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:
         packed, absmax, codes, offset, _ = tensors
         return dequantize_4bit(

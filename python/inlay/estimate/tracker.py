@@ -175,25 +175,29 @@ class Tracker(TorchDispatchMode):
         if formula is None:
             self._pass_on_role(func, inputs, outputs)
             return out
-        roles = {self._roles.get(_key(t)) for t in inputs}
+        roles = {self._role(t) for t in inputs}
         part = part_of(packet, roles, self._stage, self._in_loss)
         self.flops[part] += int(formula(*args, **kwargs, out_val=out))
         return out
 
     def _pass_on_role(self, func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        """A weight's cast, transpose or dequantized panel is still that weight."""
+        """A weight's cast, transpose or dequantized panel is still that weight; so are weights of one role, joined."""
         if func._schema.name.startswith("inlay::dequantize"):
             packed = inputs[0] if not func._schema.is_mutable else inputs[1]
             outputs, inputs, same_size = outputs or inputs[:1], [packed], False
         else:
             same_size = True
+        joined = sum(source.numel() for source in inputs) if len({self._role(t) for t in inputs}) == 1 else None
         for source in inputs:
-            role = self._roles.get(_key(source))
+            role = self._role(source)
             if role is None:
                 continue
             for tensor in outputs:
-                if not same_size or tensor.numel() == source.numel():
+                if not same_size or tensor.numel() in (source.numel(), joined):
                     self._roles.setdefault(_key(tensor), role)
+
+    def _role(self, tensor: Tensor) -> str | None:
+        return self._roles.get(_key(tensor))
 
 
 def _key(tensor: Tensor) -> int:

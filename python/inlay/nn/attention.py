@@ -19,6 +19,7 @@ from ..ops.attention import causal_attention, has_fast_backward
 from ..ops.rope import rope
 from .mixed import Mixed
 from .probe import generator, same, shallow
+from .stack import linears_of
 
 _PROBE = "inlay_probe"
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -71,12 +72,11 @@ def own_backward_pays(module: nn.Module, query: Tensor, key: Tensor, extra: dict
 def rotated_qkv(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values ``[B, heads, T, head_dim]`` of ``x [B, T, H]``, the first two rotated."""
     shape = (*x.shape[:-1], -1, module.head_dim)
-    query, key = module.q_proj(x).view(shape), module.k_proj(x).view(shape)
-    value = module.v_proj(x).view(shape).transpose(1, 2)
+    query, key, value = (y.view(shape) for y in linears_of(x, (module.q_proj, module.k_proj, module.v_proj)))
     if hasattr(module, "q_norm"):
         query, key = module.q_norm(query), module.k_norm(key)
     query, key = rope(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
-    return query, key, value
+    return query, key, value.transpose(1, 2)
 
 
 def attention_settings(module: nn.Module) -> dict[str, Any] | None:

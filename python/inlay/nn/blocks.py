@@ -17,6 +17,7 @@ from ..ops.swiglu import swiglu
 from .attention import FusedAttention, attention_settings
 from .mixed import Mixed, mix
 from .probe import generator, same, shallow
+from .stack import linears_of
 
 
 class FusedRMSNorm(Mixed):
@@ -35,7 +36,7 @@ class FusedGatedMLP(Mixed):
     inlay_act: str
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = linears_of(x, (self.gate_proj, self.up_proj))
         # TunedLinear, and the layers that integrations put on a linear
         if hasattr(type(self.down_proj), "forward_gated") and not self.down_proj.watched:
             return self.down_proj.forward_gated(gate, up, self.inlay_act)

@@ -2,6 +2,7 @@
 
 forward(x, *tensors) -> y          y  = base(x)
 backward_input(dy, *tensors) -> dx dx = dy · W
+add_backward_input(dx, dy, *tensors)  optional: dx += dy · W in dx's memory
 cast(dtype, *tensors) -> tensors   optional: what autocast would do to these tensors
 out_in(*tensors) -> weight         optional: the weight as an [out, in] view, for the in-place form
 """
@@ -43,6 +44,10 @@ class DenseBase:
         return dy.matmul(weight)
 
     @staticmethod
+    def add_backward_input(dx: Tensor, dy: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        dx.view(-1, dx.shape[-1]).addmm_(dy.reshape(-1, dy.shape[-1]), weight)
+
+    @staticmethod
     def out_in(weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return weight
 
@@ -59,6 +64,10 @@ class DenseBaseT:
     @staticmethod
     def backward_input(dy: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return dy.matmul(weight.t())
+
+    @staticmethod
+    def add_backward_input(dx: Tensor, dy: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        dx.view(-1, dx.shape[-1]).addmm_(dy.reshape(-1, dy.shape[-1]), weight.t())
 
     @staticmethod
     def out_in(weight: Tensor, bias: Tensor | None = None) -> Tensor:

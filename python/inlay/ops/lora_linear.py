@@ -60,16 +60,15 @@ def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
 # --- the linear -------------------------------------------------------------------------------------------
 
 
-def _check(x: Tensor, a: Tensor, b: Tensor) -> None:
-    check_floating("lora_linear", "x", x)
-    check_device("lora_linear", "A", a, "x", x)
+def check_factors(op: str, x: Tensor, a: Tensor, b: Tensor) -> None:
+    """Raise ValueError or TypeError unless A [r, in] and B [out, r] are fp32 factors for x [..., in]."""
+    check_floating(op, "x", x)
+    check_device(op, "A", a, "x", x)
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[1] != x.shape[-1]:
         got = f"A {tuple(a.shape)}, B {tuple(b.shape)}"
-        fail("lora_linear", "A, B", f"[r, {x.shape[-1]}] and [out, r]", got, "match the factors to the base weight")
+        fail(op, "A, B", f"[r, {x.shape[-1]}] and [out, r]", got, "match the factors to the base weight")
     if a.dtype != compute_dtype(x) or b.dtype != a.dtype:
-        fail(
-            "lora_linear", "A, B", str(compute_dtype(x)), f"{a.dtype}, {b.dtype}", "keep trainables in fp32", TypeError
-        )
+        fail(op, "A, B", str(compute_dtype(x)), f"{a.dtype}, {b.dtype}", "keep trainables in fp32", TypeError)
 
 
 def _add_forward(y: Tensor, xl: Tensor, a: Tensor, b: Tensor, scale: float, keep: bool) -> Tensor | None:
@@ -157,7 +156,7 @@ def lora_linear(
     dropped: what the low-rank branch reads instead of x (x after dropout), in x's shape.
     """
     x, tensors = cast_for_autocast(x, base, tensors)
-    _check(x, a, b)
+    check_factors("lora_linear", x, a, b)
     dropped = dropped if dropped is None else dropped.to(x.dtype)
     return apply(_LoRALinear, x, dropped, a, b, scale, base, *tensors)
 
@@ -167,5 +166,5 @@ def swiglu_lora_linear(
 ) -> Tensor:
     """lora_linear of act(gate)·up [..., in], which is rebuilt in the backward, never kept."""
     gate, tensors = cast_for_autocast(gate, base, tensors)
-    _check(gate, a, b)
+    check_factors("lora_linear", gate, a, b)
     return apply(_SwiGLULoRALinear, gate, up.to(gate.dtype), act, a, b, scale, base, *tensors)

@@ -166,8 +166,9 @@ def quantized_linear_backward_input(
     quant_type: str,
     blocksize: int,
     columns: int,
+    onto: Tensor | None = None,
 ) -> Tensor:
-    """dy [..., N] · dequant(W [N, columns]) -> dx [..., columns]; no autograd."""
+    """dy [..., N] · dequant(W [N, columns]) -> dx [..., columns]; no autograd. `onto`: add to this, contiguous, dx."""
     check_floating("quantized_linear_backward_input", "dy", dy)
     check_device("quantized_linear_backward_input", "packed", packed, "dy", dy)
     rows = dy.shape[-1]
@@ -179,6 +180,11 @@ def quantized_linear_backward_input(
         count = min(width, columns - column)
         panel = workspace(rows * count, flat).view(rows, count)
         dequantize_4bit_(panel, packed, absmax, codes, offset, quant_type, blocksize, columns, 0, column)
-        panels.append(flat.mm(panel))
+        if onto is not None:
+            onto.view(-1, columns)[:, column : column + count].addmm_(flat, panel)
+        else:
+            panels.append(flat.mm(panel))
+    if onto is not None:
+        return onto
     dx = panels[0] if len(panels) == 1 else torch.cat(panels, dim=1)
     return dx.view(*dy.shape[:-1], columns)

@@ -1,0 +1,147 @@
+"""Several linears of one input, with LoRA on some of them: y_i = base_i(x) + s_i·(x·A_iᵀ)·B_iᵀ.
+
+What they share is computed once, R = Σ r_i being the ranks together:
+
+  xa  = x·[A_1; A_2; ...]ᵀ          [M, R], one read of x
+  dyb = [s_1·dy_1·B_1, ...]         [M, R]
+  dA  = dybᵀ·x                      [R, in], one read of x, fp32
+  dx  = Σ dy_i·W_i + dyb·A          every product added where the sum lies, no tensor per linear and no additions
+
+dB_i = s_i·dy_iᵀ·xa_i as for one linear (lora_linear.py). Query, key and value projections are such a stack, and gate
+and up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from inlay.ops._registry import as_rows, fail, without_autocast
+from inlay.ops.lora_linear import check_factors
+from inlay.ops.submatrix import submatrix_grad
+from inlay.ops.submatrix_linear import cast_for_autocast
+
+
+class Part(NamedTuple):
+    """One linear of a stack.
+
+    base, tensors: the frozen product, see base_products.py. a, b, scale: LoRA's factors, A fp32 [r, in] and
+    B fp32 [out, r]; None where there is none.
+    """
+
+    base: Any
+    tensors: tuple[Tensor | None, ...]
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scale: float = 1.0
+
+
+def _layout(parts: Sequence[Part]) -> tuple[tuple[Any, int, float | None], ...]:
+    """What of `parts` is no tensor: base, number of its tensors, scale (None without LoRA)."""
+    return tuple((part.base, len(part.tensors), None if part.a is None else part.scale) for part in parts)
+
+
+def _split(layout: tuple[tuple[Any, int, float | None], ...], flat: Sequence[Tensor | None]) -> Iterator[Part]:
+    at = 0
+    for base, count, scale in layout:
+        a = b = None
+        if scale is not None:
+            a, b = flat[at], flat[at + 1]
+            at += 2
+        yield Part(base, tuple(flat[at : at + count]), a, b, 1.0 if scale is None else scale)
+        at += count
+
+
+def _stack_a(parts: Sequence[Part], dtype: torch.dtype) -> Tensor | None:
+    factors = [part.a for part in parts if part.a is not None]
+    return torch.cat(factors).to(dtype) if factors else None
+
+
+def _scaled_b(part: Part, dtype: torch.dtype) -> Tensor:
+    assert part.b is not None
+    return (part.b * part.scale).to(dtype)
+
+
+def _add_product(dx: Tensor | None, dy: Tensor, part: Part) -> Tensor:
+    """dx + dy·W, in dx's memory if there is one."""
+    if dx is None:
+        return part.base.backward_input(dy, *part.tensors)
+    if hasattr(part.base, "add_backward_input"):
+        part.base.add_backward_input(dx, dy, *part.tensors)
+        return dx
+    return dx.add_(part.base.backward_input(dy, *part.tensors))
+
+
+class _StackedLinear(Function):
+    @staticmethod
+    @without_autocast
+    def forward(ctx: Any, x: Tensor, layout: Any, *flat: Tensor | None) -> tuple[Tensor, ...]:
+        parts = list(_split(layout, flat))
+        ys = [part.base.forward(x, *part.tensors) for part in parts]
+        stacked, xa, at = _stack_a(parts, x.dtype), None, 0
+        if stacked is not None:
+            xa = as_rows(x).mm(stacked.t())
+            for part, y in zip(parts, ys, strict=True):
+                if part.a is not None:
+                    r = part.a.shape[0]
+                    y.view(-1, y.shape[-1]).addmm_(xa[:, at : at + r], _scaled_b(part, x.dtype).t())
+                    at += r
+        ctx.save_for_backward(None if xa is None else x, xa, *flat)
+        ctx.layout, ctx.shape = layout, x.shape
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        x, xa, *flat = ctx.saved_tensors
+        parts = list(_split(ctx.layout, flat))
+        dx = None
+        if ctx.needs_input_grad[0]:
+            for part, dy in zip(parts, dys, strict=True):
+                dx = _add_product(dx, dy, part)
+        if xa is None:
+            return dx, None, *[None] * len(flat)
+        rows = [as_rows(dy) for dy in dys]
+        adapted = [(part, dy) for part, dy in zip(parts, rows, strict=True) if part.a is not None]
+        dyb = torch.cat([dy.mm(_scaled_b(part, dy.dtype)) for part, dy in adapted], dim=1)
+        if dx is not None:
+            dx.view(-1, dx.shape[-1]).addmm_(dyb, _stack_a(parts, dyb.dtype))
+        return dx, None, *_factor_gradients(parts, rows, dyb, as_rows(x), xa)
+
+
+def _factor_gradients(
+    parts: Sequence[Part], dys: Sequence[Tensor], dyb: Tensor, x: Tensor, xa: Tensor
+) -> Iterator[Tensor | None]:
+    """Gradients of what `_split` takes apart, in its order."""
+    da, at = submatrix_grad(dyb, x), 0
+    for part, dy in zip(parts, dys, strict=True):
+        if part.a is not None:
+            r = part.a.shape[0]
+            yield da[at : at + r]
+            yield submatrix_grad(dy, xa[:, at : at + r]).mul_(part.scale)
+            at += r
+        yield from [None] * len(part.tensors)
+
+
+def stacked_linear(x: Tensor, parts: Sequence[Part]) -> tuple[Tensor, ...]:
+    """The output of every part for x [..., in]; differentiable in x and the factors.
+
+    Raises:
+        ValueError: no part, or factors that do not fit. TypeError: factors that are not fp32.
+    """
+    if not parts:
+        fail("stacked_linear", "parts", "one or more linears", "none", "call it with the linears of x")
+    plain, cast = x, []
+    for part in parts:
+        x, tensors = cast_for_autocast(plain, part.base, part.tensors)
+        cast.append(part._replace(tensors=tuple(tensors)))
+        if part.a is not None and part.b is not None:
+            check_factors("stacked_linear", x, part.a, part.b)
+    flat = [t for part in cast for t in ((part.a, part.b) if part.a is not None else ()) + part.tensors]
+    return _StackedLinear.apply(x, _layout(cast), *flat)
