@@ -166,11 +166,31 @@ def generate_table() -> str:
     return "\n".join([*lines, "", f"{machine_line(result['machine'])}."]) + "\n"
 
 
+def estimate_table() -> str:
+    """Estimated beside measured peak memory."""
+    result = read("estimate_cpu")
+    if result is None:
+        return "not measured yet\n"
+    lines = [
+        "| SmolLM2-135M, 4 x 256 tokens, bf16 | estimated | low to high | measured | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        ours, peak = row["estimated"], row["measured"]["peak"]
+        low, high = (f"{ours[key] / 2**20:,.0f}" for key in ("low", "high"))
+        lines.append(
+            f"| {TITLES[row['method']]} | {ours['peak'] / 2**20:,.0f} MiB | {low} to {high} | "
+            f"{peak / 2**20:,.0f} MiB | {ours['peak'] / peak:.2f} |"
+        )
+    return "\n".join([*lines, "", f"{machine_line(result['machine'])}."]) + "\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "train-step": lambda: step_table("train_step_cpu", "peft-lora"),
     "train-step-nf4": lambda: step_table("train_step_cpu_nf4", "peft-qlora"),
     "quality": quality_table,
     "scale": scale_table,
+    "estimate": estimate_table,
     "four-bit-ops": lambda: op_table("quantize_blockwise", "quantized_linear"),
     "cross-entropy": lambda: op_table("cross_entropy"),
     "generate": generate_table,

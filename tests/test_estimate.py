@@ -220,6 +220,11 @@ def test_errors_say_what_was_wanted(changes, error, says):
         inlay.estimate(given.pop("model"), given.pop("method"), **given)
 
 
+def test_a_step_that_shapes_cannot_tell_is_refused():
+    with pytest.raises(NotImplementedError, match="MixtralForCausalLM.*measure a step instead"):
+        inlay.estimate(families.BY_NAME["mixtral"].build(), METHODS["s2ft"], batch=2, seq=8)
+
+
 def test_the_command_prints_the_table_and_json(tmp_path, capsys):
     families.llama().config.save_pretrained(tmp_path)
     command = ["estimate", str(tmp_path), "--batch", "2", "--seq", "16", "--base", "nf4"]
