@@ -33,8 +33,8 @@ OPTIMIZERS = {
 #: What a process takes besides tensors: share of the counted bytes and bytes, low, expected and high, by device.
 #: On a CPU that is the C library's heap, which keeps holes between tensors of unlike life, and code and workspaces of
 #: oneDNN: fitted to S2FT and LoRA, dense and nf4, on SmolLM2-135M at 64 to 2,048 tokens (glibc, 1 and 2 threads), 14
-#: runs, all within 10%; without the share every peak above 256 tokens came out 15 to 30% too low. On a GPU it is cuBLAS's
-#: workspace: torch's max_memory_allocated counts tensors, not holes.
+#: runs, all within 10%; without the share every peak above 256 tokens came out 15 to 30% too low. On a GPU it is the
+#: workspace of cuBLAS: torch's max_memory_allocated counts tensors, not holes.
 RUNTIME = {
     "cpu": ((0.15, 16 << 20), (0.28, 26 << 20), (0.5, 64 << 20)),
     "cuda": ((0.0, 0), (0.0, 32 << 20), (0.05, 64 << 20)),
