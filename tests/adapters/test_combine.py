@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+import torch._dynamo.testing
 from comparing import assert_close, assert_equal
 from families import eval_logits, llama, text_batch
 from oracle import deltas_of, randomize
@@ -135,3 +138,28 @@ def randomize_lora(model):
         for linear in tuned_linears(model).values():
             for delta in linear.deltas.values():
                 delta.lora_B.normal_(generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("base", [None, "nf4"])
+@pytest.mark.parametrize("method", [inlay.S2FT(ratio=0.2), inlay.LoRA(r=4)], ids=["s2ft", "lora"])
+def test_hotswap_does_not_recompile(method, base, tmp_path):
+    wanted = {}
+    for seed in (1, 2):
+        tuned = inlay.tune(llama(), dataclasses.replace(method, seed=seed), base=base)
+        with torch.no_grad():
+            for delta in deltas_of(tuned).values():
+                for parameter in delta.parameters():
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+        wanted[seed] = eval_logits(tuned, BATCH)
+        tuned.save_pretrained(tmp_path / str(seed))
+    model = inlay.load(llama(), tmp_path / "1", base=base).eval()
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    inputs = {key: BATCH[key] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        assert_close(compiled(**inputs, use_cache=False).logits, wanted[1], atol=1e-5, what="first")
+        compilations = counter.frame_count
+        model.hotswap_adapter(tmp_path / "2")
+        assert_close(compiled(**inputs, use_cache=False).logits, wanted[2], atol=1e-5, what="second")
+    assert counter.frame_count == compilations > 0

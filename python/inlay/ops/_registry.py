@@ -111,7 +111,7 @@ class _NoContext:
 
 def apply(function: Any, *args: Any) -> Any:
     """`function.apply`, without autograd's bookkeeping (15 us) where gradients are off, as in decoding."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled():
         return function.apply(*args)
     return function.forward(_NoContext(len(args)), *args)
 
