@@ -42,6 +42,7 @@ namespace inlay {
 namespace {
 
 #define INLAY_OP(name, args) &scalar::name,
+#define INLAY_CUDA_OP(name, args) nullptr,
 constexpr KernelTable kScalar = {
     "scalar",
 #include "ops.h"
@@ -50,12 +51,14 @@ constexpr KernelTable kScalar = {
 
 #if defined(INLAY_HAVE_avx2)
 #define INLAY_OP(name, args) &avx2::name,
+#define INLAY_CUDA_OP(name, args) nullptr,
 constexpr KernelTable kAvx2 = {
     "avx2",
 #include "ops.h"
 };
 #undef INLAY_OP
 #define INLAY_OP(name, args) &avx512::name,
+#define INLAY_CUDA_OP(name, args) nullptr,
 constexpr KernelTable kAvx512 = {
     "avx512",
 #include "ops.h"
@@ -63,6 +66,7 @@ constexpr KernelTable kAvx512 = {
 #undef INLAY_OP
 
 #define INLAY_OP(name, args) &amx::name,
+#define INLAY_CUDA_OP(name, args) nullptr,
 constexpr KernelTable kAmx = {
     "amx",
 #include "ops.h"

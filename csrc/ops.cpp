@@ -357,20 +357,56 @@ void dequantize_4bit(const TensorView& out, const TensorView& packed, const Tens
       row, column);
 }
 
+namespace {
+
+void check_quantized_linear(const char* op, const TensorView& y, const TensorView& x,
+                            const TensorView& packed, const TensorView& levels, const TensorView& absmax,
+                            const TensorView& codes, const TensorView& map, const TensorView& offset,
+                            const TensorView& bias, int64_t blocksize) {
+  check_lead(op, "x", x);
+  check_dtype(op, "y", y, x.dtype);
+  check_matrix(op, "y", y, x.shape[0], y.ndim == 2 ? y.shape[1] : -1);
+  check_four_bit(op, y.shape[1] * x.shape[1], packed, levels, absmax, codes, map, offset, blocksize);
+  if (!bias.data) return;
+  check_dtype(op, "bias", bias, x.dtype);
+  check_vector(op, "bias", bias, y.shape[1]);
+}
+
+}  // namespace
+
 void quantized_linear(const TensorView& y, const TensorView& x, const TensorView& packed,
                       const TensorView& levels, const TensorView& absmax, const TensorView& codes,
                       const TensorView& map, const TensorView& offset, const TensorView& bias,
                       int64_t blocksize) {
   constexpr const char* op = "quantized_linear";
-  check_lead(op, "x", x);
-  check_dtype(op, "y", y, x.dtype);
-  check_matrix(op, "y", y, x.shape[0], y.ndim == 2 ? y.shape[1] : -1);
-  check_four_bit(op, y.shape[1] * x.shape[1], packed, levels, absmax, codes, map, offset, blocksize);
-  if (bias.data) {
-    check_dtype(op, "bias", bias, x.dtype);
-    check_vector(op, "bias", bias, y.shape[1]);
-  }
+  check_quantized_linear(op, y, x, packed, levels, absmax, codes, map, offset, bias, blocksize);
   run(op, &KernelTable::quantized_linear, y, x, packed, levels, absmax, codes, map, offset, bias, blocksize);
+}
+
+void quantized_lora_linear(const TensorView& y, const TensorView& x, const TensorView& packed,
+                           const TensorView& levels, const TensorView& absmax, const TensorView& codes,
+                           const TensorView& map, const TensorView& offset, const TensorView& bias,
+                           const TensorView& inner, const TensorView& b, int64_t blocksize) {
+  constexpr const char* op = "quantized_lora_linear";
+  check_quantized_linear(op, y, x, packed, levels, absmax, codes, map, offset, bias, blocksize);
+  check_dtype(op, "b", b, DType::f32);
+  check_matrix(op, "b", b, y.shape[1], b.ndim == 2 ? b.shape[1] : -1);
+  check_dtype(op, "inner", inner, DType::f32);
+  check_matrix(op, "inner", inner, x.shape[0], b.shape[1]);
+  if (inner.shape[0] > 1 && inner.shape[1] > 0 && inner.strides[0] != inner.shape[1])
+    fail(op, "inner", "rows without gaps", inner, "call .contiguous() first");
+  run(op, &KernelTable::quantized_lora_linear, y, x, packed, levels, absmax, codes, map, offset, bias, inner,
+      b, blocksize);
+}
+
+void lora_project(const TensorView& inner, const TensorView& x, const TensorView& a, double scale) {
+  constexpr const char* op = "lora_project";
+  check_lead(op, "x", x);
+  check_dtype(op, "a", a, DType::f32);
+  check_matrix(op, "a", a, a.ndim == 2 ? a.shape[0] : -1, x.shape[1]);
+  check_dtype(op, "inner", inner, DType::f32);
+  check_matrix(op, "inner", inner, x.shape[0], a.shape[0]);
+  run(op, &KernelTable::lora_project, inner, x, a, scale);
 }
 
 void lora_add(const TensorView& y, const TensorView& x, const TensorView& a, const TensorView& b,

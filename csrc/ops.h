@@ -1,6 +1,7 @@
 // THE contract: every op with its math, shapes and dtypes. Included several times, each time with another
 // INLAY_OP, so that declarations, dispatch tables and bindings all come from this one list. INLAY_CPU_OP,
-// where an includer defines it, stands for the ops that have no CUDA kernel.
+// where an includer defines it, stands for the ops that have no CUDA kernel, INLAY_CUDA_OP for those that
+// have no CPU kernel.
 //
 // Conventions
 //   float        float32, bfloat16 or float16; all float arguments of one op share it unless said otherwise
@@ -12,6 +13,9 @@
 
 #if !defined(INLAY_CPU_OP)
 #define INLAY_CPU_OP INLAY_OP
+#endif
+#if !defined(INLAY_CUDA_OP)
+#define INLAY_CUDA_OP INLAY_OP
 #endif
 
 // out[m, j] = x[m, indices[j]]                          out float [M, s] (own dtype), x float [M, K]
@@ -119,4 +123,16 @@ INLAY_OP(quantized_linear,
 INLAY_CPU_OP(lora_add, (const TensorView& y, const TensorView& x, const TensorView& a, const TensorView& b,
                         double scale))
 
+// inner[m, j] = s·Σ_k x[m, k]·a[j, k]                    inner f32 [M, r], x float [M, K], a f32 [r, K]
+INLAY_CUDA_OP(lora_project, (const TensorView& inner, const TensorView& x, const TensorView& a, double scale))
+
+// quantized_linear, and inner·bᵀ before the one rounding: with lora_project all of a few rows of LoRA
+// inner f32 [M, r] without gaps, b f32 [N, r]
+INLAY_CUDA_OP(quantized_lora_linear,
+              (const TensorView& y, const TensorView& x, const TensorView& packed, const TensorView& levels,
+               const TensorView& absmax, const TensorView& codes, const TensorView& map,
+               const TensorView& offset, const TensorView& bias, const TensorView& inner, const TensorView& b,
+               int64_t blocksize))
+
 #undef INLAY_CPU_OP
+#undef INLAY_CUDA_OP

@@ -1,7 +1,9 @@
 // y = x·Wᵀ + bias for a few rows x, straight from bitsandbytes' four-bit layout: W is read once and never
-// written.
+// written. A low-rank branch s·(x·Aᵀ)·Bᵀ is added before the one rounding: r more terms of a sum of K, 4·N·r
+// bytes beside N·K/2 of W, and none of the five launches and two passes over y that it costs by itself.
 //
 //   x  [M, K]    W  [N, K], packed two codes a byte    y  [M, N]    bias  [N] or none
+//   inner = s·x·Aᵀ  fp32 [M, r] (lora_linear.cu)    B  fp32 [N, r]
 //
 // Two kernels. Tensor cores (16-bit x, K and blocksize multiples of 64, M ≤ 64): levels in x's dtype, their
 // fp32 scale applied to the fp32 sum of each 64-wide piece. Otherwise one warp per row of W, all in fp32.
@@ -20,8 +22,23 @@ struct Weight {
   int64_t rows, columns;
 };
 
+struct Branch {
+  const float* inner;  // null: there is none
+  Rows<const float> b;
+  int64_t rank;
+
+  __device__ __forceinline__ float at(int64_t m, int64_t n) const {
+    float sum = 0.0f;
+    if (inner)
+      for (int64_t j = 0; j < rank; ++j) sum = fmaf(inner[m * rank + j], b.at(n)[j], sum);
+    return sum;
+  }
+};
+
 template <class T>
-__device__ __forceinline__ void put(Rows<T> y, const T* bias, int64_t m, int64_t n, float value) {
+__device__ __forceinline__ void put(Rows<T> y, const T* bias, const Branch& branch, int64_t m, int64_t n,
+                                    float value) {
+  value += branch.at(m, n);
   from_float(bias ? value + to_float(bias[n]) : value, y.at(m)[n]);
 }
 
@@ -33,7 +50,7 @@ constexpr int kTokens = 4;  // rows of x that share one pass over W
 
 template <class T>
 __global__ void __launch_bounds__(kDotThreads)
-    dot_kernel(Rows<T> y, Rows<const T> x, Weight w, const T* bias, int64_t tokens) {
+    dot_kernel(Rows<T> y, Rows<const T> x, Weight w, const T* bias, Branch branch, int64_t tokens) {
   INLAY_SHARED(float, copies, Levels::kSize);
   const Levels table{copies};
   table.fill(w.levels);
@@ -50,7 +67,7 @@ __global__ void __launch_bounds__(kDotThreads)
   }
   for (int m = 0; m < kTokens; ++m) {
     const float total = warp_sum(sums[m]);
-    if (lane == 0 && first + m < tokens) put(y, bias, first + m, n, total);
+    if (lane == 0 && first + m < tokens) put(y, bias, branch, first + m, n, total);
   }
 }
 
@@ -147,7 +164,7 @@ struct Sums {
 
 template <class T, int Tiles>
 __global__ void __launch_bounds__(kWarps* kWarp, kResident<Tiles>)
-    mma_kernel(Rows<T> y, Rows<const T> x, Weight w, const T* bias, int64_t tokens) {
+    mma_kernel(Rows<T> y, Rows<const T> x, Weight w, const T* bias, Branch branch, int64_t tokens) {
   INLAY_DYNAMIC_SHARED(uint32_t, memory);  // the table, then [16][8·Tiles] sums
   constexpr int kWidth = 8 * Tiles;
   float* const total = reinterpret_cast<float*>(memory + 256 * kWarp);
@@ -157,6 +174,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kResident<Tiles>)
   const int64_t pieces = w.columns / kPiece;
   const int64_t skipped = int64_t(blockIdx.y) * kWidth;
   x.data += skipped * x.stride, y.data += skipped * y.stride, tokens -= skipped;
+  if (branch.inner) branch.inner += skipped * branch.rank;
 
   for (int64_t n = int64_t(blockIdx.x) * kRows; n < w.rows; n += int64_t(gridDim.x) * kRows) {
     // Rows beyond the last are computed from it and not stored.
@@ -184,19 +202,20 @@ __global__ void __launch_bounds__(kWarps* kWarp, kResident<Tiles>)
     }
     for (int i = int(threadIdx.x); i < kRows * kWidth; i += kWarps * kWarp) {
       const int64_t m = i / kRows, r = i % kRows;  // neighbouring threads store neighbouring outputs
-      if (m < tokens && n + r < w.rows) put(y, bias, m, n + r, total[r * kWidth + m]);
+      if (m < tokens && n + r < w.rows) put(y, bias, branch, m, n + r, total[r * kWidth + m]);
     }
     __syncthreads();  // `total` is written again
   }
 }
 
 template <class T, int Tiles>
-void launch_mma(const Rows<T>& y, const Rows<const T>& x, const Weight& w, const T* bias, int64_t tokens) {
+void launch_mma(const Rows<T>& y, const Rows<const T>& x, const Weight& w, const T* bias,
+                const Branch& branch, int64_t tokens) {
   Grid grid{dim3(blocks_for(w.rows, kRows), blocks_for(tokens, 8 * Tiles)), dim3(kWarps * kWarp)};
   const unsigned most = unsigned(kResident<Tiles> * multiprocessors()) / grid.blocks.y;
   if (grid.blocks.x > most) grid.blocks.x = most;
   grid.shared = sizeof(uint32_t) * 256 * kWarp + sizeof(float) * kRows * 8 * Tiles;
-  launch("quantized_linear (mma)", mma_kernel<T, Tiles>, grid, y, x, w, bias, tokens);
+  launch("quantized_linear (mma)", mma_kernel<T, Tiles>, grid, y, x, w, bias, branch, tokens);
 }
 
 bool fits_tensor_cores(const TensorView& x, const TensorView& packed, int64_t blocksize) {
@@ -206,20 +225,19 @@ bool fits_tensor_cores(const TensorView& x, const TensorView& packed, int64_t bl
 
 template <class T>
 void with_tensor_cores(const Rows<T>& y, const Rows<const T>& x, const Weight& w, const T* bias,
-                       int64_t tokens) {
-  if (tokens <= 8) return launch_mma<T, 1>(y, x, w, bias, tokens);
-  if (tokens <= 16) return launch_mma<T, 2>(y, x, w, bias, tokens);
-  launch_mma<T, 4>(y, x, w, bias, tokens);
+                       const Branch& branch, int64_t tokens) {
+  if (tokens <= 8) return launch_mma<T, 1>(y, x, w, bias, branch, tokens);
+  if (tokens <= 16) return launch_mma<T, 2>(y, x, w, bias, branch, tokens);
+  launch_mma<T, 4>(y, x, w, bias, branch, tokens);
 }
 
-void with_tensor_cores(const Rows<float>&, const Rows<const float>&, const Weight&, const float*, int64_t) {}
+void with_tensor_cores(const Rows<float>&, const Rows<const float>&, const Weight&, const float*,
+                       const Branch&, int64_t) {}
 
-}  // namespace
-
-void quantized_linear(const TensorView& y, const TensorView& x, const TensorView& packed,
-                      const TensorView& levels, const TensorView& absmax, const TensorView& codes,
-                      const TensorView& map, const TensorView& offset, const TensorView& bias,
-                      int64_t blocksize) {
+void launch_linear(const TensorView& y, const TensorView& x, const TensorView& packed,
+                   const TensorView& levels, const TensorView& absmax, const TensorView& codes,
+                   const TensorView& map, const TensorView& offset, const TensorView& bias,
+                   const Branch& branch, int64_t blocksize) {
   const int64_t tokens = x.shape[0];
   if (tokens == 0) return;
   const Weight w{data<const uint8_t>(packed), data<const float>(levels),
@@ -228,11 +246,28 @@ void quantized_linear(const TensorView& y, const TensorView& x, const TensorView
     using T = decltype(element);
     const auto* b = data<const T>(bias);
     if (fits_tensor_cores(x, packed, blocksize))
-      return with_tensor_cores(rows<T>(y), rows<const T>(x), w, b, tokens);
+      return with_tensor_cores(rows<T>(y), rows<const T>(x), w, b, branch, tokens);
     const Grid grid{dim3(blocks_for(w.rows, kDotThreads / kWarp), blocks_for(tokens, kTokens)),
                     dim3(kDotThreads)};
-    launch("quantized_linear (dot)", dot_kernel<T>, grid, rows<T>(y), rows<const T>(x), w, b, tokens);
+    launch("quantized_linear (dot)", dot_kernel<T>, grid, rows<T>(y), rows<const T>(x), w, b, branch, tokens);
   });
+}
+
+}  // namespace
+
+void quantized_linear(const TensorView& y, const TensorView& x, const TensorView& packed,
+                      const TensorView& levels, const TensorView& absmax, const TensorView& codes,
+                      const TensorView& map, const TensorView& offset, const TensorView& bias,
+                      int64_t blocksize) {
+  launch_linear(y, x, packed, levels, absmax, codes, map, offset, bias, Branch{}, blocksize);
+}
+
+void quantized_lora_linear(const TensorView& y, const TensorView& x, const TensorView& packed,
+                           const TensorView& levels, const TensorView& absmax, const TensorView& codes,
+                           const TensorView& map, const TensorView& offset, const TensorView& bias,
+                           const TensorView& inner, const TensorView& b, int64_t blocksize) {
+  const Branch branch{b.shape[1] ? data<const float>(inner) : nullptr, rows<const float>(b), b.shape[1]};
+  launch_linear(y, x, packed, levels, absmax, codes, map, offset, bias, branch, blocksize);
 }
 
 }  // namespace cuda

@@ -2,6 +2,7 @@
 set(INLAY_CUDA_SOURCES
     cuda/adamw.cu
     cuda/cross_entropy.cu
+    cuda/lora_linear.cu
     cuda/quantize_blockwise.cu
     cuda/quantized_linear.cu
     cuda/rms_norm.cu

@@ -111,7 +111,7 @@ def _ops(macro):
     "listing, folder, suffix, macro",
     [
         ("CMakeLists.txt", "csrc/cpu", "cpp", "INLAY_(?:CPU_)?OP"),
-        ("cuda/sources.cmake", "cuda", "cu", "INLAY_OP"),
+        ("cuda/sources.cmake", "cuda", "cu", "INLAY_(?:CUDA_)?OP"),
     ],
 )
 def test_contract_names_every_kernel_file(listing, folder, suffix, macro):

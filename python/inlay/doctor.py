@@ -83,6 +83,9 @@ def _gpu_lines() -> Iterator[tuple[str, str]]:
 #: Raw ops whose CPU kernel wants AMX, and what runs without it.
 _WITHOUT_AMX = {"submatrix_grad": "torch.mm in fp32", "causal_attention_backward": "torch's own attention"}
 
+#: Raw ops that exist for their CUDA kernel, and what a CPU takes instead.
+_FOR_CUDA = {"quantized_lora_linear": "quantized_linear_small and lora_add_"}
+
 #: What a call on a GPU takes where it is not simply the op's kernel, and why.
 _ON_CUDA = {
     "submatrix_grad": f"native kernel up to {CUDA_NARROW} columns (it reads the gradient once), torch.mm with fp32 "
@@ -96,7 +99,7 @@ _ON_CUDA = {
 def _on_cpu(kernel: str, isa: str) -> str:
     if kernel in _WITHOUT_AMX and isa != "amx":
         return f"{_WITHOUT_AMX[kernel]} (the kernel wants AMX)"
-    return f"native, {isa}"
+    return _FOR_CUDA.get(kernel, f"native, {isa}")
 
 
 def _on_cuda(name: str, kernel: str, built: list[str]) -> str:

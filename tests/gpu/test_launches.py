@@ -157,3 +157,28 @@ def test_large_weights_round_trip(gpu):
     del w
     dense = dequantize_4bit(packed, absmax, "nf4", 64, 40_000, 70_000, torch.bfloat16)
     assert float((dense[-1] - last).abs().max()) < 1.0 and not bool(dense[:-1].any())
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64, 65])
+def test_decoding_with_lora(gpu, rows):
+    """A tuned four-bit layer without gradients: one op up to 64 rows, the same numbers as the layer that trains."""
+    from torch import nn
+
+    import inlay
+    from inlay.bases import BaseConfig, quantize_linears
+
+    model = nn.Sequential(nn.Linear(256, 192)).to(gpu, torch.bfloat16)
+    quantize_linears(model, BaseConfig("nf4", double_quant=True))
+    inlay.tune(model, inlay.LoRA(r=8, target_modules=["0"]))
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.1)
+    x = torch.randn(rows, 256, device=gpu).bfloat16()
+    with force_path(None):
+        trained = model(x.requires_grad_()).detach()
+        with torch.no_grad():
+            decoded = model(x)
+        with force_path("reference"), torch.no_grad():
+            plain = model(x)
+    for got in (decoded, trained):
+        assert float((got.double() - plain.double()).norm() / plain.double().norm()) < 6e-3

@@ -25,6 +25,7 @@ from inlay.ops.quantize_blockwise import (
     levels,
     quantize_absmax,
 )
+from inlay.ops.quantized_linear import fused_lora
 from inlay.ops.submatrix import narrow_grad
 from inlay.ops.swiglu import ACTIVATIONS
 
@@ -315,6 +316,32 @@ def test_quantized_linear(place, dtype, out, width, blocksize):
             gate = GATES[dtype] * (1 if y.numel() >= 1000 else 2)  # a few numbers may all round the same way
             error = float((y.double() - wanted).norm() / wanted.norm())
             assert error <= gate, f"{rows} rows: relative error {error:.2e}, allowed {gate:.1e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out, width, blocksize, rank", [(48, 256, 64, 16), (33, 1152, 128, 3), (19, 100, 64, 8)])
+def test_quantized_lora_linear(place, dtype, out, width, blocksize, rank):
+    """Both kernels of a linear with LoRA, in fp32 up to the one rounding that y has."""
+    storage, scales = packed_weight(out, width, blocksize, nested=True)
+    nibbles = torch.stack((storage[0] >> 4, storage[0] & 15), dim=1).view(-1)[: out * width].long()
+    exact = levels("nf4").double()[nibbles] * scales.double().repeat_interleave(blocksize)[: out * width]
+    bias = randn(out, dtype=dtype) if out % 3 == 0 else None
+    a, b = randn(rank, width, spread=width**-0.5), randn(out, rank, spread=rank**-0.5)
+    on_kernels = place.type == "cuda" or _native.module().isa() == "simt"
+    op = fused_lora if on_kernels else RAW_OPS["quantized_lora_linear_small"]
+    for rows in (0, 1, 5, 9, 17, 40, 65):
+        x = randn(rows, width, dtype=dtype)
+        y = op(*moved((x, *storage, bias, a, b, 0.7, "nf4", blocksize, out), place)).cpu()
+        wanted = x.double() @ (exact.view(out, width) + 0.7 * b.double() @ a.double()).t()
+        wanted = wanted if bias is None else wanted + bias.double()
+        assert y.dtype == dtype and y.shape == (rows, out)
+        if rows:
+            error = float((y.double() - wanted).norm() / wanted.norm())
+            assert error <= GATES[dtype] * (1 if y.numel() >= 1000 else 2), f"{rows} rows: relative error {error:.2e}"
+    if on_kernels:  # a rank of 0 is no branch at all
+        none = op(*moved((x, *storage, bias, a[:0], b[:, :0], 0.7, "nf4", blocksize, out), place))
+        plain = RAW_OPS["quantized_linear_small"](*moved((x, *storage, bias, "nf4", blocksize, out), place))
+        assert_bits(none.cpu(), plain.cpu())
 
 
 def test_quantized_linear_is_reproducible(place):

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..ops._registry import as_rows
 from ..ops.quantize_blockwise import (
     QUANT_TYPES,
     check_blocksize,
@@ -21,7 +22,12 @@ from ..ops.quantize_blockwise import (
     quantize_4bit,
     quantize_absmax,
 )
-from ..ops.quantized_linear import quantized_linear, quantized_linear_backward_input
+from ..ops.quantized_linear import (
+    lora_branch_fits,
+    quantized_linear,
+    quantized_linear_backward_input,
+    quantized_lora_linear_small,
+)
 from .quantized import STORAGES, Storage, naming
 
 
@@ -65,6 +71,13 @@ class FourBit(Storage):
     def forward(self, x: Tensor, *tensors: Tensor | None) -> Tensor:
         packed, absmax, codes, offset, bias = tensors
         return quantized_linear(x, packed, absmax, codes, offset, bias, self.quant_type, self.blocksize, self.rows)
+
+    def forward_lora(self, x: Tensor, a: Tensor, b: Tensor, scale: float, *tensors: Tensor | None) -> Tensor | None:
+        """forward(x) + scale·(x·Aᵀ)·Bᵀ with one rounding, where that is one op; None elsewhere."""
+        if not lora_branch_fits(x, self.blocksize):
+            return None
+        factors = (a, b, scale, self.quant_type, self.blocksize, self.rows)
+        return quantized_lora_linear_small(as_rows(x), *tensors, *factors).view(*x.shape[:-1], self.rows)
 
     def backward_input(self, dy: Tensor, *tensors: Tensor | None) -> Tensor:
         packed, absmax, codes, offset, _ = tensors

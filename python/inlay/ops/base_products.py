@@ -4,6 +4,7 @@ forward(x, *tensors) -> y          y  = base(x)
 backward_input(dy, *tensors) -> dx dx = dy · W
 add_backward_input(dx, dy, *tensors)  optional: dx += dy · W in dx's memory
 cast(dtype, *tensors) -> tensors   optional: what autocast would do to these tensors
+forward_lora(x, A, B, s, *tensors) optional: base(x) + s·(x·Aᵀ)·Bᵀ in one op, or None where there is none
 out_in(*tensors) -> weight         optional: the weight as an [out, in] view, for the in-place form
 """
 

@@ -81,6 +81,11 @@ def _add_forward(y: Tensor, xl: Tensor, a: Tensor, b: Tensor, scale: float, keep
     return xa
 
 
+def _few_rows(x: Tensor, a: Tensor, b: Tensor, scale: float, base: Any, tensors: tuple) -> Tensor | None:
+    """Base and branch as one op, for a base that has one for these rows."""
+    return base.forward_lora(x, a, b, scale, *tensors) if hasattr(base, "forward_lora") else None
+
+
 def _gradients(dy: Tensor, xl: Tensor, xa: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """dA fp32 [r, in], dB fp32 [out, r] and dyb [M, r]."""
     rows = as_rows(dy)
@@ -94,9 +99,12 @@ class _LoRALinear(Function):
     def forward(
         ctx: Any, x: Tensor, dropped: Tensor | None, a: Tensor, b: Tensor, scale: float, base: Any, *tensors: Tensor
     ) -> Tensor:
+        xl, keep = x if dropped is None else dropped, any(ctx.needs_input_grad)
+        y = None if keep or dropped is not None else _few_rows(x, a, b, scale, base, tensors)
+        if y is not None:
+            return y
         y = base.forward(x, *tensors)
-        xl = x if dropped is None else dropped
-        xa = _add_forward(y, xl, a, b, scale, any(ctx.needs_input_grad))
+        xa = _add_forward(y, xl, a, b, scale, keep)
         ctx.save_for_backward(xl, xa, a, b, *tensors)
         ctx.scale, ctx.base, ctx.count = scale, base, len(tensors)
         return y
@@ -125,9 +133,12 @@ class _SwiGLULoRALinear(Function):
     def forward(
         ctx: Any, gate: Tensor, up: Tensor, act: str, a: Tensor, b: Tensor, scale: float, base: Any, *tensors: Tensor
     ) -> Tensor:
-        h = swiglu_forward(gate, up, act)
+        h, keep = swiglu_forward(gate, up, act), any(ctx.needs_input_grad)
+        y = None if keep else _few_rows(h, a, b, scale, base, tensors)
+        if y is not None:
+            return y
         y = base.forward(h, *tensors)
-        xa = _add_forward(y, h, a, b, scale, any(ctx.needs_input_grad))
+        xa = _add_forward(y, h, a, b, scale, keep)
         ctx.save_for_backward(gate, up, xa, a, b, *tensors)
         ctx.act, ctx.scale, ctx.base, ctx.count = act, scale, base, len(tensors)
         return y

@@ -13,6 +13,7 @@ and torch.matmul takes each: weights round once to x's dtype, as bitsandbytes' d
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,6 +118,67 @@ def quantized_linear_small(
     weight = torch.empty(rows, x.shape[1], dtype=wide, device=x.device)
     dequantize_4bit_(weight, packed, absmax, codes, offset, quant_type, blocksize, x.shape[1], 0, 0)
     return functional.linear(x.to(wide), weight, None if bias is None else bias.to(wide)).to(x.dtype)
+
+
+def fused_lora(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    codes: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    quant_type: str,
+    blocksize: int,
+    rows: int,
+) -> Tensor:
+    """quantized_lora_linear_small by the two CUDA kernels, whatever device they are emulated on."""
+    x, engine = x.contiguous(), module()
+    y = torch.empty(x.shape[0], rows, dtype=x.dtype, device=x.device)
+    inner = torch.empty(x.shape[0], a.shape[0], dtype=torch.float32, device=x.device)
+    engine.lora_project(inner, x, a.contiguous(), scale)
+    table = dynamic_map(x.device) if codes is not None else None
+    bias = bias if bias is None else bias.to(x.dtype).contiguous()
+    tables = levels(quant_type, x.device), absmax, codes, table, offset
+    engine.quantized_lora_linear(y, x, packed.reshape(-1), *tables, bias, inner, b.contiguous(), blocksize)
+    return y
+
+
+def _lora_native(x: Tensor, *args: Any) -> Tensor:
+    return (fused_lora if x.is_cuda else quantized_lora_linear_small.reference)(x, *args)
+
+
+def _lora_fake(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(x.shape[0], args[-1])
+
+
+@raw_op(native=_lora_native, fake=_lora_fake)
+def quantized_lora_linear_small(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    codes: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    quant_type: str,
+    blocksize: int,
+    rows: int,
+) -> Tensor:
+    """quantized_linear_small and scale·(x·Aᵀ)·Bᵀ before the one rounding, A fp32 [r, K], B fp32 [rows, r]."""
+    wide = compute_dtype(x)
+    dense = bias if bias is None else bias.to(wide)
+    y = quantized_linear_small.reference(x.to(wide), packed, absmax, codes, offset, dense, quant_type, blocksize, rows)
+    return y.add_(x.to(a.dtype).mm(a.t()).mul_(scale).mm(b.t())).to(x.dtype)
+
+
+def lora_branch_fits(x: Tensor, blocksize: int) -> bool:
+    """True where quantized_lora_linear_small is a kernel: a few rows on a GPU."""
+    return x.is_cuda and x.numel() <= _small_rows(x, blocksize) * x.shape[-1]
 
 
 def quantized_linear(
