@@ -27,6 +27,21 @@ def test_the_same_samples_as_in_memory(tmp_path):
     assert list(disk.pack(24).samples) == list(memory.pack(24).samples)
 
 
+def test_the_same_file_is_not_encoded_twice(tmp_path, monkeypatch):
+    path = tmp_path / "r.jsonl"
+    path.write_text("\n".join(json.dumps(record) for record in RECORDS))
+    first = prepare(path, build_tokenizer(), folder=tmp_path / "encoded")
+    with monkeypatch.context() as patch:
+        patch.setattr("inlay.data.dataset.iter_records", None)  # a call would raise
+        again = prepare(path, build_tokenizer(), folder=tmp_path / "encoded")
+    assert list(again.samples) == list(first.samples) and again.report == first.report
+    with pytest.raises(FileExistsError):  # encoded in another way
+        prepare(path, build_tokenizer(), folder=tmp_path / "encoded", max_length=12)
+    path.write_text("\n".join(json.dumps(record) for record in RECORDS[1:]))
+    with pytest.raises(FileExistsError):  # another file by now
+        prepare(path, build_tokenizer(), folder=tmp_path / "encoded")
+
+
 def test_a_folder_in_use_or_cut_short_is_refused(tmp_path):
     prepare(RECORDS, build_tokenizer(), folder=tmp_path / "encoded")
     with pytest.raises(FileExistsError, match=r"wanted an empty folder .* tokens.bin"):

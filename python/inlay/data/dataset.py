@@ -13,7 +13,7 @@ from typing import Any
 from .formats import Example, RecordSource, iter_examples, iter_records
 from .masking import IGNORED, Encoder, Sample
 from .packing import PackedSamples
-from .storage import DiskSamples, SampleWriter
+from .storage import DiskSamples, SampleWriter, read_made_from, write_made_from
 
 
 @dataclass
@@ -92,14 +92,20 @@ def prepare(
         max_length: longer samples are cut, and counted.
         train_on_inputs: put loss on prompts too. chat_template: see :class:`inlay.data.Encoder`.
         folder: write the encoded samples there and map them, instead of holding them in memory; with a .jsonl or
-            .parquet source, neither the records nor the samples need to fit.
+            .parquet source, neither the records nor the samples need to fit. A folder that holds this very source,
+            encoded in this very way, is taken as it is.
 
     Raises:
         ValueError: a record of no or another format; not one supervised token in all records.
+        FileExistsError: ``folder`` holds other samples.
     """
     if max_length < 2:
         raise ValueError(f"wanted max_length of at least 2, got {max_length}")
     encoder = Encoder(tokenizer, train_on_inputs=train_on_inputs, chat_template=chat_template)
+    key = None if folder is None else _key(source, tokenizer, max_length, train_on_inputs, encoder.chat)
+    made = None if folder is None else read_made_from(folder)
+    if folder is not None and made is not None and key is not None and made["key"] == key:
+        return TrainingData(DiskSamples(folder), DataReport(**made["report"]))
     report = DataReport(format="", records=0)
     encoded = _encode_all(iter_examples(iter_records(source), chat=encoder.chat), encoder, max_length, report)
     samples: Sequence[Sample]
@@ -110,9 +116,20 @@ def prepare(
             for sample in encoded:
                 writer.append(sample)
         samples = DiskSamples(folder)
+        write_made_from(folder, {"key": key, "report": dataclasses.asdict(report)})
     if not len(samples):
         raise ValueError(_nothing_left(report, max_length))
     return TrainingData(samples, report)
+
+
+def _key(source: RecordSource, tokenizer: Any, *options: Any) -> list[Any] | None:
+    """What the encoded samples of a file depend on; None for records in memory, which leave no trace to know again."""
+    if not isinstance(source, str | Path) or not Path(source).is_file():
+        return None
+    found = Path(source).stat()
+    words = json.dumps([sorted(tokenizer.get_vocab().items()), getattr(tokenizer, "chat_template", None)])
+    file = [str(Path(source).resolve()), found.st_size, found.st_mtime_ns]
+    return [file, hashlib.sha256(words.encode()).hexdigest(), *options]
 
 
 def _encode_all(

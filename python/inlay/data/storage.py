@@ -1,11 +1,14 @@
 """Samples on disk: data sets larger than memory, with random access, exact lengths and exact resume.
 
-A folder holds tokens.bin and labels.bin (int32, all samples one after the other) and offsets.bin (int64, where each
-sample begins, and the end of the last). Reading maps the files; a sample is copied when it is asked for.
+A folder holds tokens.bin and labels.bin (int32, all samples one after the other), offsets.bin (int64, where each
+sample begins, and the end of the last) and, once all is written, made_from.json: what was encoded how, so that the same
+run, resumed or in another process, takes the samples as they are. Reading maps the files; a sample is copied when it is
+asked for.
 """
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 FILES = ("tokens.bin", "labels.bin", "offsets.bin")
+MADE_FROM = "made_from.json"
 _KEYS = ("input_ids", "labels")
 
 
@@ -49,6 +53,17 @@ class SampleWriter:
 
     def _append(self, place: int, code: str, values: Sequence[int]) -> None:
         self._files[place].write(array(code, values).tobytes())
+
+
+def read_made_from(folder: str | Path) -> dict[str, Any] | None:
+    """What :func:`write_made_from` wrote, None if the folder was never finished."""
+    path = Path(folder) / MADE_FROM
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def write_made_from(folder: str | Path, values: dict[str, Any]) -> None:
+    """Declare the folder complete."""
+    (Path(folder) / MADE_FROM).write_text(json.dumps(values, indent=2), encoding="utf-8")
 
 
 class DiskSamples(Sequence[dict[str, list[int]]]):

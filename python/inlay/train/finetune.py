@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import platform
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ def finetune(
             completion as they are.
         packing: put several samples in a row of `max_length` tokens, none of which sees another (tried before
             training). Saves the padding of samples of unequal length.
-        data_folder: keep the encoded samples in files there instead of in memory.
+        data_folder: keep the encoded samples in files there instead of in memory; what is there already from the same
+            data file is used again.
         preflight: run the longest batch before the first step, so that one too long for the memory shows at once.
         callbacks: transformers TrainerCallbacks.
         **training_arguments: names of transformers.TrainingArguments. Without `output_dir`
@@ -97,7 +99,8 @@ def finetune(
     arguments = _training_arguments(training_arguments)
     model = _tuned(model, method, base)
     options = {"max_length": max_length, "train_on_inputs": train_on_inputs, "chat_template": chat_template}
-    train_data = _prepared(data, tokenizer, options | {"folder": data_folder})
+    with arguments.main_process_first() if data_folder is not None else nullcontext():  # the others find it done
+        train_data = _prepared(data, tokenizer, options | {"folder": data_folder})
     if packing:
         check_samples_stay_apart(model)
         train_data = train_data.pack(max_length)
