@@ -8,6 +8,8 @@ base: nf4                       # optional: quantize the model first; or {base: 
 data: train.jsonl               # formats: inlay.data.formats
 eval_data: test.jsonl           # optional
 max_length: 1024
+packing: true                   # optional: several samples in a row of max_length tokens, kept apart
+data_folder: encoded            # optional: encoded samples on disk instead of in memory
 output_dir: out                 # and any other name of transformers.TrainingArguments
 """
 
