@@ -13,8 +13,8 @@ def add_parsers(commands: Any) -> None:
     parser = commands.add_parser("train", help="fine-tune a model as a YAML config says")
     parser.add_argument(
         "config",
-        help="YAML file; keys: model, gguf_file, dtype, method, base, data, eval_data, "
-        "max_length, train_on_inputs, chat_template, packing, data_folder, preflight and transformers' TrainingArguments",
+        help="YAML file; keys: model, gguf_file, dtype, method, base, data, eval_data, max_length, train_on_inputs, "
+        "chat_template, packing, data_folder, preflight and transformers' TrainingArguments",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="override a key: learning_rate=1e-3 method.ratio=0.05"
