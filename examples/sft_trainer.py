@@ -4,7 +4,8 @@
     python examples/sft_trainer.py ... --method peft-lora --base nf4
 
 Records of the .jsonl file are TRL's: {"prompt": ..., "completion": ...}, {"messages": [...]} or {"text": ...}.
-The output is an adapter: `inlay.load` reads those of s2ft and lora, PEFT those of all but s2ft.
+The output is an adapter: PEFT reads all of them (S²FT's once inlay.integrations.peft is imported), inlay.load all but
+peft-lora's.
 """
 
 from __future__ import annotations

@@ -85,6 +85,25 @@ def test_on_a_quantized_base(base, tmp_path):
     assert_close(eval_logits(merged, text_batch(7)), wanted, atol=1e-4)
 
 
+def bitsandbytes_llama(bnb):
+    model = llama()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            packed = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False, quant_type="nf4")
+            packed.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+            model.set_submodule(name, packed.to("cpu"))
+    return model
+
+
+def test_on_a_model_that_bitsandbytes_quantized():
+    bnb = pytest.importorskip("bitsandbytes")
+    model, ours = wrapped(bitsandbytes_llama(bnb)), inlay.tune(bitsandbytes_llama(bnb), inlay.S2FT(ratio=0.2))
+    assert {type(layer) for layer in layers_of(model).values()} == {S2FTQuantizedLinear}
+    assert not any(isinstance(module, bnb.nn.Linear4bit) for module in model.modules())
+    batches = [text_batch(seed) for seed in range(STEPS)]
+    assert_series(train(model, batches), train(ours, batches), rtol=2e-5)
+
+
 def test_unloading_from_a_quantized_base():
     model = wrapped(quantized())
     randomize(model)
