@@ -10,7 +10,7 @@ import torch
 from comparing import assert_close, assert_equal, assert_series
 from families import BY_NAME, eval_logits, llama, text_batch
 from oracle import deltas_of
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import inlay
 
@@ -22,6 +22,7 @@ from peft_models import deep_llama, layers_of, randomize, train, trained, wrappe
 from inlay.integrations.peft import S2FTConfig  # noqa: E402
 
 STEPS = 4
+LEAVES = ("s2ft_values", "s2ft_indices")
 
 
 # --- the same as inlay.tune -----------------------------------------------------------------------------
@@ -93,9 +94,7 @@ def test_save_and_load(tmp_path):
     model = trained()
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    assert set(tensors) == {
-        f"base_model.model.{path}.{leaf}" for path in layers_of(model) for leaf in ("s2ft_values", "s2ft_indices")
-    }
+    assert set(tensors) == {f"base_model.model.{path}.{leaf}" for path in layers_of(model) for leaf in LEAVES}
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "S2FT"
     wanted = eval_logits(model, text_batch(7))
     for options in ({}, {"is_trainable": True}, {"adapter_name": "other"}, {"low_cpu_mem_usage": True}):
@@ -134,6 +133,45 @@ def test_inlay_loads_what_peft_saved_on_the_same_base_only(tmp_path):
     config = S2FTConfig.from_pretrained(tmp_path)
     config.inlay["base_sample"].clear()
     PeftModel.from_pretrained(another, tmp_path, config=config)
+
+
+def change(tensors, kind):
+    """Tensors of one layer, changed in a way."""
+    values, indices = (next(t for key, t in tensors.items() if key.endswith(leaf)) for leaf in LEAVES)
+    if kind == "other order":
+        order = torch.arange(len(indices)).flip(0)
+        dim = 1 if values.shape[1] == len(indices) else 0
+        values.copy_(values.index_select(dim, order)), indices.copy_(indices[order])
+    elif kind == "NaN":
+        values[0, 0] = float("nan")
+    elif kind == "incomplete":
+        del tensors[next(key for key in tensors if key.endswith("s2ft_indices"))]
+    else:
+        indices[-1] = 10**6 if kind == "out of range" else indices[0]
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("other order", None),
+        ("out of range", r"wanted channels in \[0, "),
+        ("repeated", "repeated"),
+        ("NaN", "NaN or infinity"),
+        ("incomplete", "the file is incomplete"),
+    ],
+)
+def test_a_file_is_checked_before_it_is_used(kind, message, tmp_path):
+    model = trained()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    change(tensors, kind)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    if message is None:
+        loaded = PeftModel.from_pretrained(llama(), tmp_path)
+        assert_equal(eval_logits(loaded, text_batch(7)), eval_logits(model, text_batch(7)), "logits")
+    else:
+        with pytest.raises(ValueError, match=message):
+            PeftModel.from_pretrained(llama(), tmp_path)
 
 
 @pytest.mark.filterwarnings("error::UserWarning")  # of unexpected keys, which PEFT would ignore

@@ -57,7 +57,7 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         self.s2ft_indices = BufferDict(persistent=True)
         self.s2ft_deltas: dict[str, HeldDelta] = {}
         self.s2ft_unloaded: dict[str, bool] = {}  # adapters whose channels are still to come from a file
-        self.s2ft_originals: list[tuple[str, Tensor]] = []  # what merging overwrote, in that order
+        self.s2ft_originals: list[tuple[int, Tensor, Tensor]] = []  # what merging overwrote: dim, channels, values
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
@@ -129,16 +129,17 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
             merged = delta.merge_into(weight)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"the merged weight holds NaN or infinity; adapter {name!r} seems to be broken")
-            self.s2ft_originals.append((name, weight.index_select(delta.dim, delta.s2ft_indices)))
+            channels = delta.s2ft_indices.clone()
+            self.s2ft_originals.append((delta.dim, channels, weight.index_select(delta.dim, channels)))
             weight.copy_(merged)
             self.merged_adapters.append(name)
 
     @torch.no_grad()
     def unmerge(self) -> None:
+        weight = out_in_view(self.base_layer)
         while self.s2ft_originals:
-            name, original = self.s2ft_originals.pop()
-            delta = self.s2ft_deltas[name]
-            out_in_view(self.base_layer).index_copy_(delta.dim, delta.s2ft_indices, original)
+            dim, channels, original = self.s2ft_originals.pop()
+            weight.index_copy_(dim, channels.to(weight.device), original.to(weight.device))
         self.merged_adapters.clear()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -147,6 +148,17 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
             device = device if device is not None else self.base_layer.weight.device
             self.s2ft_values[adapter_name] = self.s2ft_values[adapter_name].to(device)
             self.s2ft_indices[adapter_name] = self.s2ft_indices[adapter_name].to(device)
+
+    def checked(self, adapter_name: str, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+        """An adapter file's tensors for this layer, channels sorted; ValueError as :meth:`inlay.deltas.Delta.load`.
+
+        PEFT copies what a file holds as it is; a channel out of range would be read and written past the weight.
+        """
+        if "s2ft_indices" not in tensors:
+            raise ValueError(f"{where}: wanted s2ft_indices, got {sorted(tensors)}; the file is incomplete")
+        side = self.s2ft_deltas[adapter_name].side
+        fresh = SubmatrixDelta(weight_like(self.base_layer), tensors["s2ft_indices"], side, where)
+        return fresh.load(tensors, where).tensors()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True

@@ -124,6 +124,7 @@ class S2FTModel(BaseTuner):
             unmix(module)
         if self.call_watch is not None:
             self.call_watch.remove()
+            self.call_watch = None
         return plain
 
     @classmethod
@@ -131,9 +132,14 @@ class S2FTModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        for name, module in model.named_modules():
-            if isinstance(module, S2FTLinear) and f"{name}.s2ft_indices.{adapter_name}" in remapped:
-                module.s2ft_unloaded.pop(adapter_name, None)
+        for name, layer in model.named_modules():
+            if not isinstance(layer, S2FTLinear) or adapter_name not in layer.s2ft_deltas:
+                continue
+            keys = {leaf: f"{name}.{leaf}.{adapter_name}" for leaf in ("s2ft_values", "s2ft_indices")}
+            held = {leaf: remapped[key] for leaf, key in keys.items() if key in remapped}
+            if held:  # else PEFT says that the file lacks this layer
+                remapped |= {keys[leaf]: tensor for leaf, tensor in layer.checked(adapter_name, held, name).items()}
+                layer.s2ft_unloaded.pop(adapter_name, None)
         return remapped
 
 
