@@ -1,8 +1,8 @@
 """Data-parallel training by torchrun, in a bare PyTorch loop: one process per GPU, or per CPU socket.
 
     torchrun --nproc-per-node 2 examples/ddp.py --model PATH --data train.jsonl --output adapter
-    accelerate launch --num-processes 2 examples/ddp.py --model PATH --data train.jsonl --output adapter
 
+On GPUs `accelerate launch --multi_gpu --num_processes 2 examples/ddp.py ...` sets the same environment variables.
 `inlay.finetune` does the same under torchrun with no extra line; this shows what it takes without a Trainer.
 """
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import runpy
+import sys
 import weakref
 from pathlib import Path
 
@@ -237,9 +239,14 @@ def test_the_command_prints_the_table_and_json(tmp_path, capsys):
     assert main([*command, "--method", "lora", "rank=2"]) == 2
 
 
-def smollm2():
-    import sys
+def test_launchers_start_the_command_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["inlay", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("inlay.cli", run_name="__main__")
+    assert ended.value.code == 0 and "estimate" in capsys.readouterr().out
 
+
+def smollm2():
     sys.path.insert(0, str(RESULTS.parent))
     from _models import config_of
 

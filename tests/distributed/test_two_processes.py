@@ -7,7 +7,7 @@ import families
 import pytest
 import torch
 from comparing import assert_close, assert_series
-from launch import torchrun
+from launch import once, torchrun
 from safetensors.torch import load_file
 from scenarios import GLOBAL_BATCH, METHODS, PLAIN, batches, build, trained, trainer_run
 
@@ -21,16 +21,12 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="th
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     """One pair of processes runs every scenario: starting processes takes longer than training in them."""
-    folder = tmp_path_factory.mktemp("plain")
-    torchrun(HERE / "worker.py", "plain", str(folder))
-    return folder
+    return once(tmp_path_factory, "plain", lambda folder: torchrun(HERE / "worker.py", "plain", str(folder)))
 
 
 @pytest.fixture(scope="module")
 def trainer_out(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trainer")
-    torchrun(HERE / "worker.py", "trainer", str(folder))
-    return folder
+    return once(tmp_path_factory, "trainer", lambda folder: torchrun(HERE / "worker.py", "trainer", str(folder)))
 
 
 def facts(out, scenario):
