@@ -88,7 +88,6 @@ __global__ void __launch_bounds__(kDotThreads)
 constexpr int kPiece = 64;
 constexpr int kRows = 16;
 constexpr int kWarps = 8;
-constexpr int kAhead = 2;  // pieces whose bytes are loaded before the first is used
 constexpr int kMostTokens =
     64;  // in groups of 32 that read W from L2 after the first; 64 at once would spill
 
@@ -96,6 +95,12 @@ constexpr int kMostTokens =
 // has that many, so that each fills its table once.
 template <int Tiles>
 constexpr int kResident = Tiles == 1 ? 3 : 2;
+
+// Pieces whose bytes a warp loads before it uses the first. Latency times bandwidth is 25 KB a multiprocessor
+// on an H200 (0.75 us); four pieces of 512 bytes by 24 warps are 48 KB. With 32 tokens, four would spill
+// registers.
+template <int Tiles>
+constexpr int kAhead = Tiles <= 2 ? 4 : 2;
 
 // A byte as a pair in one register, the high nibble's level in the low half.
 template <class T>
@@ -180,13 +185,13 @@ __global__ void __launch_bounds__(kWarps* kWarp, kResident<Tiles>)
     // Rows beyond the last are computed from it and not stored.
     const int64_t row[2] = {n + g < w.rows ? n + g : w.rows - 1, n + g + 8 < w.rows ? n + g + 8 : w.rows - 1};
     Sums<T, Tiles> sums;
-    for (int64_t first = warp; first < pieces; first += kWarps * kAhead) {
-      Bytes bytes[kAhead];
-      for (int i = 0; i < kAhead; ++i) {
+    for (int64_t first = warp; first < pieces; first += kWarps * kAhead<Tiles>) {
+      Bytes bytes[kAhead<Tiles>];
+      for (int i = 0; i < kAhead<Tiles>; ++i) {
         const int64_t piece = first + i * kWarps;
         bytes[i] = fetch(w, row, piece < pieces ? piece : first, t);
       }
-      for (int i = 0; i < kAhead; ++i) {
+      for (int i = 0; i < kAhead<Tiles>; ++i) {
         const int64_t piece = first + i * kWarps;
         if (piece < pieces) sums.add(bytes[i], pairs, x, tokens, piece * kPiece + 16 * t, g);
       }
