@@ -124,6 +124,32 @@ def decode_cases() -> Iterator[Case]:
             yield Case(f"quantized_linear {name} M={tokens}", runs, moved / 1e9, peers=peers)
 
 
+def lora_cases(rank: int = 16) -> Iterator[Case]:
+    """A decoded linear with LoRA: one op of two launches, against the product and then the branch."""
+    for tokens in (1, 16):
+        for name in ("gate", "o"):
+            out, width = LINEARS[name]
+            storages, x = [nf4(out, width) for _ in range(SETS)], randn(tokens, width)
+            a, b = randn(rank, width, dtype=torch.float32), randn(out, rank, dtype=torch.float32) / 64
+
+            def fused(storage: tuple, x: torch.Tensor = x, factors: tuple = (a, b), out: int = out) -> torch.Tensor:
+                return RAW_OPS["quantized_lora_linear_small"](x, *storage, None, *factors, 2.0, "nf4", 64, out)
+
+            def apart(storage: tuple, x: torch.Tensor = x, factors: tuple = (a, b), out: int = out) -> torch.Tensor:
+                y = RAW_OPS["quantized_linear_small"](x, *storage, None, "nf4", 64, out)
+                RAW_OPS["lora_add_"](y, x, *factors, 2.0)
+                return y
+
+            wanted, got = apart(storages[0]).float(), fused(storages[0]).float()
+            error = float((got - wanted).norm() / wanted.norm())
+            if not error < 6e-3:
+                raise SystemExit(f"quantized_lora_linear {name}, {tokens} rows: error {error:.1e}; not timing it")
+            moved = out * width * 0.5159 + 2 * tokens * (out + width) + 4 * rank * (out + width)
+            peers = {"product, then branch": [lambda s=s, f=apart: f(s) for s in storages]}
+            runs = [lambda s=s, f=fused: f(s) for s in storages]
+            yield Case(f"quantized_lora_linear {name} M={tokens} r={rank}", runs, moved / 1e9, peers=peers)
+
+
 def block_cases(tokens: int = 8192, hidden: int = 4096, inner: int = 14336) -> Iterator[Case]:
     chosen = torch.arange(0, inner, 33, device=DEVICE)
     act, row = 2 * tokens * inner / 1e9, 2 * tokens * hidden / 1e9
@@ -226,6 +252,7 @@ def all_cases() -> Iterator[Case]:
     yield from (next(decode) for _ in range(12))  # 1, 16 and 64 rows
     yield from block_cases()
     yield from adamw_cases()
+    yield from lora_cases()
     yield from library_cases()
     yield from panel_cases()
     yield from decode

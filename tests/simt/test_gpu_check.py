@@ -33,3 +33,16 @@ def test_says_what_was_not_run_and_why(tmp_path):
 def test_refuses_unknown_parts(tmp_path):
     result = _check(tmp_path, PARTS="build,dance")
     assert result.returncode == 2 and "got dance" in result.stderr
+
+
+def test_its_build_comes_before_an_editable_install(tmp_path):
+    """Without this, a checkout that `make test` has set up would measure its CPU build."""
+    sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
+    import check
+
+    (tmp_path / "inlay").mkdir()
+    (tmp_path / "inlay" / "__init__.py").write_text("where = 'here'\n")
+    (tmp_path / "sitecustomize.py").write_text(check._NOT_EDITABLE)
+    command = [sys.executable, "-c", "import inlay; print(inlay.where)"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    assert subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path).stdout == "here\n"
