@@ -258,6 +258,27 @@ def test_autocast_trains_in_fp32(ops):
     assert {p.dtype for p in trainables(model).values()} == {torch.float32}
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(reentrant, ops):
+    plain, recomputed = wrapped(llama()), wrapped(llama())
+    recomputed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    recomputed.enable_input_require_grads()
+    batches = [text_batch(seed) for seed in range(2)]
+    wanted, count = train(plain, batches), len(ops)
+    assert_series(train(recomputed, batches), wanted, rtol=1e-5)
+    assert len(ops) == 3 * count  # forward, and again in the backward
+    for name, parameter in trainables(plain).items():
+        assert_close(recomputed.get_parameter(name), parameter, atol=1e-5, what=name)
+
+
+def test_compiles_without_a_graph_break():
+    model = wrapped(llama(), init_lora_weights=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(**text_batch(0)).loss, model(**text_batch(0)).loss, atol=1e-6)
+
+
 def test_other_libraries_linears_are_left_to_peft():
     class OtherLinear(nn.Linear):
         """As other quantization libraries' are: a subclass whose forward reads something else."""

@@ -186,6 +186,14 @@ def test_activations_kept_are_those_of_tune():
     assert kept(wrapped(fused_blocks=False)) > 1.2 * kept(ours)
 
 
+def test_compiles_without_a_graph_break():
+    model = wrapped()
+    randomize(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(**text_batch(0)).loss, model(**text_batch(0)).loss, atol=1e-6)
+
+
 # --- errors and registration ----------------------------------------------------------------------------
 
 
