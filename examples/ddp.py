@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import inlay
 from inlay.data import Collator, prepare
+from inlay.train import check_processes_agree
 
 
 def parse() -> argparse.Namespace:
@@ -43,6 +44,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model).to(device)
     inlay.tune(model, inlay.S2FT(ratio=0.03), base=args.base).train()  # the same channels everywhere: same seed
+    check_processes_agree(model)
     wrapped = DistributedDataParallel(model, device_ids=[device.index] if on_gpu else None)
 
     data = prepare(args.data, tokenizer, max_length=512)

@@ -76,6 +76,14 @@ def test_ddp_sends_neither_packed_weights_nor_indices(out, scenario):
     assert all(rank["marks_kept"] for rank in held["ranks"])
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_that_chose_other_channels_or_have_another_base_are_told(out, rank):
+    said = json.loads((out / f"disagreement.{rank}.json").read_text())
+    assert said["nothing"] == "" and all(
+        "in all 2 processes, got 2 different" in said[what] for what in ("seed", "base")
+    )
+
+
 @pytest.mark.parametrize("scenario", PLAIN, ids=str)
 def test_trainables_stay_fp32(out, scenario):
     assert facts(out, scenario)["trainable_dtypes"] == ["torch.float32"]

@@ -14,11 +14,15 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "data")]
 
+import families  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from scenarios import ENGINES, GLOBAL_BATCH, PLAIN, Scenario, batches, build, trained, trainer_run  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
+
+import inlay  # noqa: E402
+from inlay.train import check_processes_agree  # noqa: E402
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -72,8 +76,23 @@ def run_plain(scenario: Scenario, out: Path) -> dict[str, Any]:
     return {**facts, "ranks": everyone}
 
 
+def disagreement(change: str) -> str:
+    """What is said where rank 1 has another seed or another base, or nothing has changed."""
+    model = families.llama()
+    if change == "base" and dist.get_rank() == 1:
+        model.model.layers[0].self_attn.o_proj.weight.data += 0.01
+    inlay.tune(model, inlay.S2FT(ratio=0.25, seed=dist.get_rank() if change == "seed" else 0))
+    try:
+        check_processes_agree(model)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def plain(out: Path) -> None:
     dist.init_process_group("gloo")
+    said = {change: disagreement(change) for change in ("nothing", "seed", "base")}
+    (out / f"disagreement.{dist.get_rank()}.json").write_text(json.dumps(said))
     for scenario in PLAIN:
         facts = run_plain(scenario, out)
         if dist.get_rank() == 0:

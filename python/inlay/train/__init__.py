@@ -3,6 +3,7 @@
 from .finetune import FinetuneResult, finetune
 from .hardware import best_cpu_dtype
 from .memory import PeakMemory
+from .processes import check_processes_agree
 from .trainer import Trainer
 
-__all__ = ["FinetuneResult", "PeakMemory", "Trainer", "best_cpu_dtype", "finetune"]
+__all__ = ["FinetuneResult", "PeakMemory", "Trainer", "best_cpu_dtype", "check_processes_agree", "finetune"]

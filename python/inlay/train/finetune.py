@@ -22,6 +22,7 @@ from .arguments import training_arguments as build_arguments
 from .expected import expected_peak
 from .memory import PeakMemory
 from .preflight import Preflight
+from .processes import check_processes_agree
 from .trainer import Trainer
 
 
@@ -91,7 +92,8 @@ def finetune(
 
     Raises:
         TypeError: an unknown argument, or a model that cannot be trained this way.
-        ValueError: no supervised token in the data or in a batch; packing with an attention that mixes samples.
+        ValueError: no supervised token in the data or in a batch; packing with an attention that mixes samples;
+            processes that chose different channels.
         RuntimeError, FloatingPointError: a missing or non-finite gradient after the first step; a
             non-finite loss.
     """
@@ -126,6 +128,8 @@ def finetune(
 
 def run(trainer: Trainer, *, save: bool, resume_from_checkpoint: str | bool | None = None) -> FinetuneResult:
     """Train, measure, evaluate, save."""
+    if trainer.args.world_size > 1:
+        check_processes_agree(trainer.model)
     expected = expected_peak(trainer)
     memory = PeakMemory(trainer.args.device)
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
