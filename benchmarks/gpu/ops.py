@@ -25,7 +25,9 @@ from inlay.ops import quantize_blockwise as four_bit
 from inlay.ops._registry import RAW_OPS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 import _measure
+import libraries
 
 LINEARS = {"gate": (14336, 4096), "o": (4096, 4096), "k": (1024, 4096), "down": (4096, 14336)}  # [out, in]
 BF16 = torch.bfloat16
@@ -37,13 +39,32 @@ LEAST = 50  # timed replays
 
 @dataclass
 class Case:
-    """`runs`: the same call on each set of inputs. `peers`: the same work done otherwise."""
+    """`runs`: the same call on each set of inputs. `peers`: the same work done otherwise.
+
+    `called`: peers that are timed as they are called, with their Python, and ours likewise beside them.
+    """
 
     name: str
     runs: list[Callable[[], Any]]
     gigabytes: float = 0.0
     gigaflops: float = 0.0
     peers: dict[str, list[Callable[[], Any]]] = field(default_factory=dict)
+    called: dict[str, list[Callable[[], Any]]] = field(default_factory=dict)
+
+
+def called_microseconds(runs: list[Callable[[], Any]]) -> float:
+    """Median time of one call among many in a row, whatever limits them, Python or GPU."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = []
+    for _ in range(8):
+        begin.record()
+        for _ in range(5):
+            for run in runs:
+                run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / (5 * len(runs)))
+    return statistics.median(times[1:])
 
 
 def microseconds(runs: list[Callable[[], Any]]) -> float:
@@ -98,7 +119,8 @@ def dequantize_cases() -> Iterator[Case]:
     for name, (out, width) in LINEARS.items():
         dense = torch.empty(out, width, device=DEVICE, dtype=BF16)
         runs = [op("dequantize_4bit_", dense, *nf4(out, width), "nf4", 64, width, 0, 0) for _ in range(SETS)]
-        yield Case(f"dequantize {name}", runs, out * width * (0.5159 + 2) / 1e9)
+        called = libraries.dequantize([randn(out, width) for _ in range(SETS)])
+        yield Case(f"dequantize {name}", runs, out * width * (0.5159 + 2) / 1e9, called=called)
 
 
 def decode_cases() -> Iterator[Case]:
@@ -120,8 +142,9 @@ def decode_cases() -> Iterator[Case]:
                 raise SystemExit(f"quantized_linear {name}, {tokens} rows: relative error {error:.1e}; not timing it")
             moved = out * width * 0.5159 + 2 * tokens * (out + width)
             peers = {"dequantize + matmul": [lambda s=s, f=unfused: f(s) for s in storages]}
+            called = libraries.linear([randn(out, width) for _ in range(SETS)], x)
             runs = [lambda s=s, f=fused: f(s) for s in storages]
-            yield Case(f"quantized_linear {name} M={tokens}", runs, moved / 1e9, peers=peers)
+            yield Case(f"quantized_linear {name} M={tokens}", runs, moved / 1e9, peers=peers, called=called)
 
 
 def lora_cases(rank: int = 16) -> Iterator[Case]:
@@ -159,8 +182,9 @@ def block_cases(tokens: int = 8192, hidden: int = 4096, inner: int = 14336) -> I
         return op("swiglu_backward", *(randn(tokens, inner) for _ in range(3)), "silu", chosen)
 
     yield Case("swiglu_backward with h_sel", per_set(backward, 2), 5 * act)
-    forward = per_set(lambda: op("swiglu_forward", randn(tokens, inner), randn(tokens, inner), "silu"), 2)
-    yield Case("swiglu_forward", forward, 3 * act)
+    gates, ups = ([randn(tokens, inner) for _ in range(2)] for _ in range(2))
+    forward = [op("swiglu_forward", gate, up, "silu") for gate, up in zip(gates, ups)]
+    yield Case("swiglu_forward", forward, 3 * act, called=libraries.swiglu(gates, ups))
     yield Case(
         "rms_norm_forward", per_set(lambda: op("rms_norm_forward", randn(tokens, hidden), weight, 1e-5, 0.0)), 2 * row
     )
@@ -279,6 +303,15 @@ def main() -> None:
         for name, runs in case.peers.items():
             row[name] = microseconds(runs)
             text += f"  {row[name] / taken:5.2f}x {name}"
+        if case.called:
+            row["called"] = {"ours": called_microseconds(case.runs)}
+            for name, runs in case.called.items():
+                try:
+                    row["called"][name] = called_microseconds(runs)
+                except Exception as error:  # their call, in a version that this was not written for
+                    print(f"{name}: not compared: {type(error).__name__}: {str(error)[:200]}")
+                    continue
+                text += f"  {row['called'][name] / row['called']['ours']:5.2f}x {name}, called"
         print(text, flush=True)
         rows.append(row)
         if args.json:  # after every case: what was measured stays, whatever comes

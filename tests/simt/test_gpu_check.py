@@ -46,3 +46,20 @@ def test_its_build_comes_before_an_editable_install(tmp_path):
     command = [sys.executable, "-c", "import inlay; print(inlay.where)"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     assert subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path).stdout == "here\n"
+
+
+def test_the_libraries_do_the_same_work():
+    """What ours is timed against, on a CPU: the same numbers from the same weight."""
+    pytest.importorskip("bitsandbytes")
+    sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
+    import libraries
+
+    from inlay.ops.quantize_blockwise import dequantize_4bit, quantize_4bit, quantize_absmax
+
+    torch.manual_seed(0)
+    dense = (torch.randn(64, 128) / 11).bfloat16()
+    packed, absmax = quantize_4bit(dense, "nf4", 64)
+    codes, absmax, offset = quantize_absmax(absmax)
+    ours = dequantize_4bit(packed, absmax, "nf4", 64, 64, 128, torch.bfloat16, codes, offset)
+    assert torch.equal(libraries.dequantize([dense])["bitsandbytes"][0](), ours)
+    assert libraries.library("no_such_library") is None
