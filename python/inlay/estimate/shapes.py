@@ -146,6 +146,9 @@ def _attend(
             key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # as torch does, for each call anew
+        no, yes = (torch.full((), value, dtype=query.dtype, device="meta") for value in (-torch.inf, 0.0))
+        attn_mask = torch.where(attn_mask.logical_not(), no, yes)
     if is_causal and attn_mask is None and dropout_p == 0.0 and tiles_fit(query):
         return CausalAttention.apply(query, key, value, scale or query.shape[-1] ** -0.5)
     flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
