@@ -38,6 +38,17 @@ def test_trains_measures_and_prints(capsys):
     assert "(estimated " in out and result.expected_memory_bytes > 0
 
 
+def test_a_run_does_not_fail_for_want_of_an_estimate(monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise NotImplementedError("its step cannot be run\non shapes alone")
+
+    monkeypatch.setattr("inlay.train.expected.estimate", refuse)
+    result = finetune(tuned(), build_tokenizer(), RECORDS, **(QUICK | {"max_steps": 1}))
+    out = capsys.readouterr().out
+    assert "inlay: no estimate of memory: its step cannot be run on shapes alone" in out
+    assert result.expected_memory_bytes is None and "(estimated" not in out
+
+
 def test_padding_and_tokens_are_counted_exactly():
     tokenizer = build_tokenizer()
     data = prepare(RECORDS, tokenizer)
