@@ -186,6 +186,17 @@ def test_activations_kept_are_those_of_tune():
     assert kept(wrapped(fused_blocks=False)) > 1.2 * kept(ours)
 
 
+def test_ddp_sends_no_indices_and_no_packed_weights():
+    """What DDP finds on the model it is given, under the names it sees there."""
+    model = wrapped(quantized())
+    ignored = set(model._ddp_params_and_buffers_to_ignore)
+    names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    assert ignored <= names
+    kept = {name for name in names - ignored if "packed" in name or "absmax" in name or "indices" in name}
+    assert not kept and len(ignored) == 4 + 14 * 2
+    assert not hasattr(model.unload(), "_ddp_params_and_buffers_to_ignore")
+
+
 def test_compiles_without_a_graph_break():
     model = wrapped()
     randomize(model)

@@ -37,6 +37,8 @@ class S2FTModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, *args, **kwargs)
         self.chosen = None
+        # Where DDP looks on the PeftModel, which forwards here: what is the same on all ranks needs no broadcast.
+        self._ddp_params_and_buffers_to_ignore = [f"base_model.model.{name}" for name in same_everywhere(model)]
         install_partial_backprop(model)
         if self.call_watch is None:
             self.call_watch = watch(model)
@@ -141,6 +143,15 @@ class S2FTModel(BaseTuner):
                 remapped |= {keys[leaf]: tensor for leaf, tensor in layer.checked(adapter_name, held, name).items()}
                 layer.s2ft_unloaded.pop(adapter_name, None)
         return remapped
+
+
+def same_everywhere(model: nn.Module) -> list[str]:
+    """Names of the channels' indices, which DDP would send at each forward, and of packed weights."""
+    names = [name for name, _ in model.named_buffers() if ".s2ft_indices." in name]
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            names += [f"{path}.{key}" for key in module.storage.names if getattr(module, key) is not None]
+    return names
 
 
 def creates_on_meta() -> bool:
