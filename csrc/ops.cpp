@@ -399,6 +399,16 @@ void quantized_lora_linear(const TensorView& y, const TensorView& x, const Tenso
       b, blocksize);
 }
 
+void lora_expand(const TensorView& y, const TensorView& inner, const TensorView& b) {
+  constexpr const char* op = "lora_expand";
+  check_lead(op, "y", y);
+  check_dtype(op, "b", b, DType::f32);
+  check_matrix(op, "b", b, y.shape[1], b.ndim == 2 ? b.shape[1] : -1);
+  check_dtype(op, "inner", inner, DType::f32);
+  check_matrix(op, "inner", inner, y.shape[0], b.shape[1]);
+  run(op, &KernelTable::lora_expand, y, inner, b);
+}
+
 void lora_project(const TensorView& inner, const TensorView& x, const TensorView& a, double scale) {
   constexpr const char* op = "lora_project";
   check_lead(op, "x", x);

@@ -126,6 +126,9 @@ INLAY_CPU_OP(lora_add, (const TensorView& y, const TensorView& x, const TensorVi
 // inner[m, j] = s·Σ_k x[m, k]·a[j, k]                    inner f32 [M, r], x float [M, K], a f32 [r, K]
 INLAY_CUDA_OP(lora_project, (const TensorView& inner, const TensorView& x, const TensorView& a, double scale))
 
+// y = round(y + inner·bᵀ)                                y float [M, N], inner f32 [M, r], b f32 [N, r]
+INLAY_CUDA_OP(lora_expand, (const TensorView& y, const TensorView& inner, const TensorView& b))
+
 // quantized_linear, and inner·bᵀ before the one rounding: with lora_project all of a few rows of LoRA
 // inner f32 [M, r] without gaps, b f32 [N, r]
 INLAY_CUDA_OP(quantized_lora_linear,

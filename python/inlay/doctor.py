@@ -96,6 +96,10 @@ _ON_CUDA = {
 }
 
 
+#: The CUDA kernel of an op where its name is another one.
+_CUDA_KERNELS = {"lora_add": "lora_expand"}
+
+
 def _on_cpu(kernel: str, isa: str) -> str:
     if kernel in _WITHOUT_AMX and isa != "amx":
         return f"{_WITHOUT_AMX[kernel]} (the kernel wants AMX)"
@@ -107,7 +111,7 @@ def _on_cuda(name: str, kernel: str, built: list[str]) -> str:
         return _ON_CUDA[name]
     if not built:
         return "plain torch (no CUDA kernels in this build)"
-    if kernel not in built:
+    if _CUDA_KERNELS.get(kernel, kernel) not in built:
         return "plain torch (this op has no CUDA kernel)"
     if torch.cuda.is_available() and not _native.has_code_for(torch.cuda.current_device()):
         return "plain torch (this build has no code for the GPU)"

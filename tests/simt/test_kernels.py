@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from inlay import _native
 from inlay.ops import force_path
 from inlay.ops._registry import RAW_OPS
+from inlay.ops.lora_linear import add_in_two_launches
 from inlay.ops.quantize_blockwise import (
     dequantize_4bit,
     dequantize_4bit_,
@@ -342,6 +343,21 @@ def test_quantized_lora_linear(place, dtype, out, width, blocksize, rank):
         none = op(*moved((x, *storage, bias, a[:0], b[:, :0], 0.7, "nf4", blocksize, out), place))
         plain = RAW_OPS["quantized_linear_small"](*moved((x, *storage, bias, "nf4", blocksize, out), place))
         assert_bits(none.cpu(), plain.cpu())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, width, out, rank", [(1, 256, 48, 16), (5, 77, 33, 3), (9, 1160, 260, 8), (0, 8, 8, 2)])
+def test_lora_add(place, dtype, rows, width, out, rank):
+    x, y = randn(rows, width, dtype=dtype), randn(rows, out, dtype=dtype)
+    a, b = randn(rank, width, spread=width**-0.5), randn(out, rank, spread=rank**-0.5)
+    on_kernels = place.type == "cuda" or _native.module().isa() == "simt"
+    add = add_in_two_launches if on_kernels else RAW_OPS["lora_add_"]
+    for view in (y, padded_rows(y)):
+        target = view.to(place) if place.type == "cuda" else view  # in the memory it has
+        before = target.double().cpu()
+        add(target, *moved((x, a, b, 0.7), place))
+        exact = before + 0.7 * (x.double() @ a.double().t()) @ b.double().t()
+        assert_as_good(target.cpu(), exact.to(dtype), exact, "lora_add_", slack=4)
 
 
 def test_quantized_linear_is_reproducible(place):

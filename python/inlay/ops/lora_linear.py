@@ -41,9 +41,18 @@ FEW = 16
 # --- a few rows: y = round(y + s·(x·Aᵀ)·Bᵀ) ---------------------------------------------------------------
 
 
+def add_in_two_launches(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """lora_add_ by the CUDA kernels, whatever device they are emulated on."""
+    rows, engine = as_rows(x), module()
+    inner = torch.empty(rows.shape[0], a.shape[0], dtype=torch.float32, device=x.device)
+    engine.lora_project(inner, rows, a.contiguous(), scale)
+    with writable_rows(y) as target:
+        engine.lora_expand(target, inner, b.contiguous())
+
+
 def _lora_add_native(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
     if not x.is_cpu:
-        return lora_add_.reference(y, x, a, b, scale)
+        return add_in_two_launches(y, x, a, b, scale)
     if y.is_contiguous():
         return module().lora_add(as_rows(y), as_rows(x), a, b, scale)
     with writable_rows(y) as rows:
