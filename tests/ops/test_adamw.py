@@ -120,9 +120,7 @@ def test_codes_are_of_the_nearest_level(path):
         off = (codes - wanted).abs()
         assert int(off.max()) <= 1
         nearest = (table[codes] - exact).abs() - (table[wanted] - exact).abs()
-        assert float((nearest / exact.abs().clamp(min=1e-9)).max()) < 1e-6, (
-            "another level is nearer"
-        )
+        assert float((nearest / exact.abs().clamp(min=1e-9)).max()) < 1e-6, "another level is nearer"
         assert float((off > 0).float().mean()) < 0.2  # half of the points sit beside a midpoint
 
 
