@@ -208,8 +208,11 @@ def keep_from_ddp(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, QuantizedWeight):
             ours += [f"{name}.{key}" for key in module.storage.names if getattr(module, key) is not None]
-    setattr(model, _DDP_OURS, ours)
-    setattr(model, _DDP_LIST, sorted(listed.union(ours)))
+    for attribute, names in ((_DDP_OURS, ours), (_DDP_LIST, sorted(listed.union(ours)))):
+        if names:
+            setattr(model, attribute, names)
+        else:  # a plain model carries nothing of ours
+            model.__dict__.pop(attribute, None)
 
 
 def _check_loaded_keys(model: nn.Module, incompatible: Any) -> None:
