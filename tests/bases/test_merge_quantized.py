@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import inlay
 from inlay.adapters.originals import Originals
-from inlay.bases import QuantizedWeight
+from inlay.bases import BaseConfig, QuantizedWeight, quantize_linears
 from inlay.model import tuned_linears
 
 LORA, S2FT = inlay.LoRA(r=4), inlay.S2FT(ratio=0.3)
@@ -195,3 +195,20 @@ def test_one_shard_is_read_at_a_time(checkpoint):
     originals = Originals(directory)
     assert originals.has("model.layers.0.mlp.up_proj") and not originals.has("model.layers.7.mlp.up_proj")
     assert originals._open.keys() == {originals._files["model.layers.0.mlp.up_proj.weight"]}
+
+
+def test_a_merge_that_would_be_lost_is_an_error():
+    """PEFT's stock LoRA layer takes our linear for a dense one, and would add its delta to a copy of the weight."""
+    peft = pytest.importorskip("peft")
+    model = llama()
+    quantize_linears(model, BaseConfig("nf4"))
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config)
+    before = eval_logits(wrapped, text_batch(0))
+    for safe in (False, True):
+        with pytest.raises(TypeError, match=r"nothing can be merged into it. With PEFT, wrap .*accelerate_lora"):
+            wrapped.merge_and_unload(safe_merge=safe)
+    assert_equal(eval_logits(wrapped, text_batch(0)), before, "the wrapped model's answers")
+    weight = wrapped.base_model.model.model.layers[0].mlp.up_proj.weight
+    product = torch.randn(3, weight.shape[1]) @ weight.t()
+    assert type(product) is torch.Tensor and type(weight.detach()) is torch.Tensor

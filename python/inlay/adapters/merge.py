@@ -83,7 +83,8 @@ def _dense(module: nn.Module, onto: Tensor | None) -> nn.Module:
     if isinstance(module, TunedQuantizedLinear):
         return module.to_plain(onto)
     assert isinstance(module, QuantizedLinear)
-    return dense_linear(module.weight if onto is None else onto, module.bias, module.conv1d).train(module.training)
+    weight = module.dense_base(module.compute_dtype) if onto is None else onto
+    return dense_linear(weight, module.bias, module.conv1d).train(module.training)
 
 
 def _rounding(module: nn.Module, dense: nn.Module) -> float:

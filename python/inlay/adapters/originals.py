@@ -45,7 +45,7 @@ class Originals:
         if weight.shape != (module.out_features, module.in_features):
             wanted = (module.out_features, module.in_features)
             raise ValueError(f"{self.directory}: {key}: wanted shape {wanted}, got {tuple(weight.shape)}")
-        base = module.weight
+        base = module.dense_base(module.compute_dtype)
         weight = weight.to(base.device, module.compute_dtype)
         distance = (weight.float() - base.float()).abs().mean() / weight.float().square().mean().sqrt().clamp_min(1e-30)
         if not distance <= _OTHER_WEIGHTS:

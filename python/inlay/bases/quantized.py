@@ -68,6 +68,27 @@ def naming(where: str) -> Iterator[None]:
         raise type(error)(f"{where}: {error}") from None
 
 
+class DenseCopy(Tensor):
+    """A packed weight's values. Reading is all it is for: what is written to ``.data`` would be lost with the copy.
+
+    PEFT's stock layers do just that when they merge into a linear they take for a dense one.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed from it is an ordinary tensor
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach().as_subclass(Tensor)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise TypeError(
+            "this weight is stored quantized and .weight is a copy of it: nothing can be merged into it. With PEFT, wrap "
+            "the config in inlay.integrations.peft.accelerate_lora before get_peft_model; or tune with inlay.tune and "
+            "use inlay.merge"
+        )
+
+
 # To a type checker this mixin is the module it is mixed into.
 if TYPE_CHECKING:
     from torch.nn import Module as _Module
@@ -103,8 +124,12 @@ class QuantizedWeight(_Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight ``[out, in]`` in ``compute_dtype``, made anew at each access. Writing to it does nothing."""
-        return self.storage.dequantize(self.compute_dtype, *self.tensors)
+        """The dense weight ``[out, in]`` in ``compute_dtype``, made anew at each access."""
+        return self.dense_base(self.compute_dtype).as_subclass(DenseCopy)
+
+    def dense_base(self, dtype: torch.dtype) -> Tensor:
+        """:attr:`weight` in another dtype, an ordinary tensor."""
+        return self.storage.dequantize(dtype, *self.tensors)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -176,7 +201,7 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):
 
     def to_dense(self, weight: Tensor | None = None) -> nn.Module:
         """The ``nn.Linear`` or Conv1D this stands for, with ``weight [out, in]`` or the dequantized one."""
-        weight = weight if weight is not None else self.weight
+        weight = weight if weight is not None else self.dense_base(self.compute_dtype)
         return dense_linear(weight, self.bias, self.conv1d).train(self.training)
 
     def extra_repr(self) -> str:

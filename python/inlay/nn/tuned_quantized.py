@@ -29,21 +29,16 @@ class TunedQuantizedLinear(QuantizedWeight, TunedLinear):
     def base_tensors(self) -> tuple[Tensor | None, ...]:
         return self.tensors
 
-    @property
-    def weight(self) -> Tensor:
-        """The dequantized base weight ``[out, in]``, a copy, with what a delta took out of it put back."""
-        return self.dense_base(self.compute_dtype)
-
     def dense_base(self, dtype: torch.dtype) -> Tensor:
-        """:attr:`weight` in another dtype."""
-        weight = self.storage.dequantize(dtype, *self.tensors)
+        """The dequantized base weight ``[out, in]``, with what a delta took out of it put back."""
+        weight = super().dense_base(dtype)
         for delta in self.deltas.values():
             delta.put_back(weight)
         return weight
 
     @property
     def weight_view(self) -> Tensor:
-        return self.weight
+        return self.dense_base(self.compute_dtype)
 
     def add_delta(self, name: str, delta: Delta) -> None:
         if delta.in_place:
@@ -60,7 +55,7 @@ class TunedQuantizedLinear(QuantizedWeight, TunedLinear):
     @torch.no_grad()
     def merged_weight(self, onto: Tensor | None = None) -> Tensor:
         """``onto`` (the dequantized base if None) plus the active deltas, ``[out, in]`` in its dtype."""
-        merged = self.weight if onto is None else onto
+        merged = self.dense_base(self.compute_dtype) if onto is None else onto
         for delta in self.active_deltas():
             merged = delta.merge_into(merged)
         return merged
