@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 # Where we differ from transformers' defaults. Everything else is theirs.
 DEFAULTS: dict[str, Any] = {
     # A small piece set from zero wants more than full fine-tuning's 5e-5: of the rates in
-    # benchmarks/results/quality.json the middle one for S2FT and the best for LoRA. A 135M model; larger ones want less.
+    # benchmarks/results/quality.json the middle one for S2FT and the best for LoRA. Models larger than its 135M want less.
     "learning_rate": 2e-3,
     "lr_scheduler_type": "linear",
     "logging_steps": 10,
