@@ -84,8 +84,8 @@ class DenseCopy(Tensor):
     def data(self, value: Tensor) -> None:
         raise TypeError(
             "this weight is stored quantized and .weight is a copy of it: nothing can be merged into it. With PEFT, "
-            "wrap the config in inlay.integrations.peft.accelerate_lora before get_peft_model; or tune with inlay.tune and "
-            "use inlay.merge"
+            "wrap the config in inlay.integrations.peft.accelerate_lora before get_peft_model; or use inlay.tune and "
+            "inlay.merge"
         )
 
 

@@ -13,8 +13,9 @@ from transformers import TrainingArguments
 
 # Where we differ from transformers' defaults. Everything else is theirs.
 DEFAULTS: dict[str, Any] = {
-    # A small piece set from zero wants more than full fine-tuning's 5e-5: of the rates in
-    # benchmarks/results/quality.json the middle one for S2FT and the best for LoRA. Models larger than its 135M want less.
+    # A small piece set from zero wants more than full fine-tuning's 5e-5. Of the rates in
+    # benchmarks/results/quality.json this is the middle one for S2FT and the best for LoRA; models larger than the
+    # one measured there, of 135M, want less.
     "learning_rate": 2e-3,
     "lr_scheduler_type": "linear",
     "logging_steps": 10,
