@@ -19,8 +19,13 @@ def _runtime() -> str | None:
     return found if os.path.isabs(found) else None
 
 
+#: Two halves, which two test processes run at the same time.
+HALVES = ("quantized", "not quantized")
+
+
 @pytest.mark.slow
-def test_kernels_under_sanitizers():
+@pytest.mark.parametrize("half", HALVES)
+def test_kernels_under_sanitizers(half):
     if build.missing():
         pytest.skip(build.missing())
     if _runtime() is None:
@@ -32,7 +37,8 @@ def test_kernels_under_sanitizers():
         "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch keep what they like
         "INLAY_SIMT_BUILD": "sanitized",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "test_kernels.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", half]
+    command += [str(HERE / "test_kernels.py")]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-8000:]
     assert " passed" in result.stdout
