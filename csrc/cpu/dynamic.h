@@ -10,6 +10,14 @@ namespace {
 
 // table[codes[i]] of the first n codes; the other lanes are 0.
 inline Vec look_up(const float* table, const uint8_t* codes, int n) {
+#if defined(INLAY_VEC_avx512)
+  const __m512i places = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(n), codes));
+  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), first(n), places, table, 4);
+#elif defined(INLAY_VEC_avx2)
+  if (n == Vec::kWidth)
+    return _mm256_i32gather_ps(
+        table, _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes))), 4);
+#endif
   float values[Vec::kWidth] = {};
   for (int i = 0; i < n; ++i) values[i] = table[codes[i]];
   return load(values);
