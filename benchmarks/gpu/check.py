@@ -146,6 +146,8 @@ def build() -> dict[str, Any]:
         if not shutil.which(tool):
             raise NotRun(f"no {tool} on PATH")
     gpu = present_gpu()
+    if gpu and int(re.findall(r"\d+", gpu)[0]) < 80:
+        raise NotRun(f"wanted a GPU of sm_80 or newer, got {gpu}")
     arch = gpu or "sm_90a"
     shutil.rmtree(SITE, ignore_errors=True)
     (SITE / "inlay").mkdir(parents=True)
