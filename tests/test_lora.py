@@ -56,7 +56,8 @@ def compare(family, options, dtype=torch.float32, tolerance=2e-5, fused=True):
     ours = inlay.tune(copy.deepcopy(dense), inlay.LoRA(**options), fused_blocks=fused, fused_loss=fused)
     theirs, factors = peft_model(dense, ours, **options)
     batches = [cast(family.batch(seed), dtype) for seed in range(STEPS)]
-    losses = [train(model, batches, weight_decay=0.1) for model in (ours, theirs)]
+    # eps above the rounding of gradients: Adam would make a step of full size out of a gradient that is rounding alone.
+    losses = [train(model, batches, weight_decay=0.1, eps=1e-4) for model in (ours, theirs)]
     assert len(set(losses[1])) == STEPS
     assert_series(losses[0], losses[1], rtol=tolerance, what="losses")
     for name, module in factors.items():

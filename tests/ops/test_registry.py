@@ -21,6 +21,13 @@ def _attention_example():
     return do, q, k, v, o, lse, 32**-0.5
 
 
+def _coded_states():
+    params, grads = ([torch.rand(300), torch.rand(2, 2)] for _ in range(2))
+    codes = [[torch.full(p.shape, 127, dtype=torch.uint8) for p in params] for _ in range(2)]
+    scales = [[torch.zeros(-(-p.numel() // 256)) for p in params] for _ in range(2)]
+    return params, grads, *codes, *scales
+
+
 def _examples():
     x, acc = torch.randn(4, 8).bfloat16(), torch.randn(4, 8)
     q = torch.randn(2, 5, 3, 8).transpose(1, 2)
@@ -42,6 +49,7 @@ def _examples():
         "cross_entropy_chunk_": (acc, torch.tensor([1, 2, 3, 0]), 0.5, True),
         "causal_attention_backward": _attention_example(),
         "adamw_step_": (*lists, 0.1, 0.9, 0.99, 1e-8, 0.1, 1, 1.0),
+        "adamw_8bit_step_": (*_coded_states(), 0.1, 0.9, 0.99, 1e-8, 0.1, 1, 1.0),
     }
 
 
