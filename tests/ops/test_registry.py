@@ -33,6 +33,7 @@ def _examples():
     q = torch.randn(2, 5, 3, 8).transpose(1, 2)
     cos = torch.randn(1, 5, 8)
     lists = [[torch.rand(3), torch.rand(2, 2)] for _ in range(4)]
+    packed = torch.arange(24, dtype=torch.uint8), torch.ones(2)  # 6 x 8 in blocks of 32
     return {
         "submatrix_gather": (x, INDICES, torch.float32),
         "submatrix_add": (x, acc),
@@ -48,6 +49,8 @@ def _examples():
         "rope_rotate": (q, q.clone(), cos, cos.clone(), True),
         "cross_entropy_chunk_": (acc, torch.tensor([1, 2, 3, 0]), 0.5, True),
         "causal_attention_backward": _attention_example(),
+        "quantized_lora_linear_small": (x, *packed, None, None, None, acc[:2], acc[:3, :2].repeat(2, 1), 0.5)
+        + ("nf4", 32, 6),
         "adamw_step_": (*lists, 0.1, 0.9, 0.99, 1e-8, 0.1, 1, 1.0),
         "adamw_8bit_step_": (*_coded_states(), 0.1, 0.9, 0.99, 1e-8, 0.1, 1, 1.0),
     }
