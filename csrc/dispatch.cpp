@@ -119,6 +119,8 @@ struct CpuFeatures {
     constexpr unsigned kAmx = (1u << 22) | (1u << 24);  // bf16, tile
     avx512 = avx2 && (saved & kZmm) == kZmm && (b & kAvx512) == kAvx512;
     amx = avx512 && (saved & kTiles) == kTiles && (d & kAmx) == kAmx && may_use_tiles();
+    constexpr unsigned kAvx512Bf16 = 1u << 5;  // of another leaf; every CPU with tiles has it
+    amx = amx && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvx512Bf16);
   }
 };
 

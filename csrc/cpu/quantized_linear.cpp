@@ -154,18 +154,21 @@ void amx_rows(const Weight& w, const float* table, const Pairs& x, int64_t n, in
   constexpr int kSteps = 4;  // 32-channel steps expanded ahead: 32 rows of them are 8 KiB
   alignas(64) uint16_t weights[kSteps][32][32];
   const Vec levels = load(table);
-  const int64_t steps = w.columns / 32, per_block = w.blocksize / 32;
+  // Divisions stay out of the loop over rows: two of them would take as long as expanding a block.
+  const int64_t steps = w.columns / 32, per_block = w.blocksize / 32, row_blocks = w.columns / w.blocksize;
   _tile_zero(0);
   _tile_zero(1);
   for (int64_t first = 0; first < steps; first += kSteps) {
     const int64_t count = steps - first < kSteps ? steps - first : kSteps;
+    const int64_t first_block = first / per_block, first_stop = (first_block + 1) * per_block - first;
     for (int64_t r = 0; r < rows; ++r) {
       const uint8_t* p = w.packed + (n + r) * (w.columns / 2) + first * 16;
       __builtin_prefetch(p + kAhead);  // 32 rows are more streams than the hardware follows
-      for (int64_t s = 0; s < count;) {
-        const int64_t block = (first + s) / per_block, stop = (block + 1) * per_block - first;
-        const Vec scale(w.scales.at((n + r) * (w.columns / w.blocksize) + block));
-        const Words products(narrow(levels * scale, bf16{}));
+      int64_t block = (n + r) * row_blocks + first_block;
+      for (int64_t s = 0, stop = first_stop; s < count; ++block, stop += per_block) {
+        const Vec scale(w.scales.at(block));
+        // The instruction rounds as narrow() does, but for subnormal products, which become 0.
+        const Words products(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh((levels * scale).v)));
         for (; s < count && s < stop; ++s) _mm512_store_si512(weights[s][r], products.expand(p + 16 * s));
       }
     }
