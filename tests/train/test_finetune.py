@@ -87,6 +87,18 @@ def test_micro_batches_equal_one_batch():
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4, msg=name)
 
 
+def test_eight_bit_states_are_ours(tmp_path, monkeypatch):
+    made = []
+    init = inlay.optim.AdamW8bit.__init__
+    monkeypatch.setattr(
+        inlay.optim.AdamW8bit,
+        "__init__",
+        lambda self, *args, **options: (made.append(self), init(self, *args, **options))[1],
+    )
+    result = finetune(tuned(), build_tokenizer(), RECORDS, optim="adamw_8bit", **(QUICK | {"max_steps": 20}))
+    assert len(made) == 1 and result.losses[-1] < result.losses[0]
+
+
 def test_packing_trains_on_the_same_tokens_with_less_padding(tmp_path):
     records = [{"prompt": f"{word}:", "completion": f" {word[::-1]}" * count} for count, word in enumerate(WORDS, 1)]
     options = QUICK | {"per_device_train_batch_size": 2, "max_steps": 6, "max_length": 64}

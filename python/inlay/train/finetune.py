@@ -23,7 +23,7 @@ from .expected import expected_peak
 from .memory import PeakMemory
 from .preflight import Preflight
 from .processes import check_processes_agree
-from .trainer import Trainer
+from .trainer import EIGHT_BIT, Trainer
 
 
 @dataclass
@@ -87,8 +87,9 @@ def finetune(
             data file is used again.
         preflight: run the longest batch before the first step, so that one too long for the memory shows at once.
         callbacks: transformers TrainerCallbacks.
-        **training_arguments: names of transformers.TrainingArguments. Without `output_dir`
-            nothing is written. `resume_from_checkpoint` takes a path, or True for the newest one.
+        **training_arguments: names of transformers.TrainingArguments. `optim="adamw_8bit"` is inlay's AdamW with 8-bit
+            states; without `optim` its fp32 ones are used. Without `output_dir` nothing is written.
+            `resume_from_checkpoint` takes a path, or True for the newest one.
 
     Raises:
         TypeError: an unknown argument, or a model that cannot be trained this way.
@@ -117,7 +118,7 @@ def finetune(
         processing_class=tokenizer,
         callbacks=callbacks,
         pad_token_id=collator.pad_token_id,
-        inlay_optimizer="optim" not in training_arguments,
+        inlay_optimizer=training_arguments.get("optim", EIGHT_BIT[0]) in EIGHT_BIT,
     )
     if preflight and arguments.world_size == 1:
         trainer.add_callback(Preflight(trainer))

@@ -19,6 +19,10 @@ from ..data.masking import IGNORED
 from ..data.sampling import LengthGroupedSampler
 
 
+#: Names of ``optim`` that transformers gives bitsandbytes' AdamW with 8-bit states; ours stores the same.
+EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit")
+
+
 class Trainer(transformers.Trainer):
     """Trains with inlay's AdamW unless `optim` names another, and keeps the books.
 
@@ -49,7 +53,7 @@ class Trainer(transformers.Trainer):
         return super().create_optimizer(model)
 
     def _create_adamw(self, model: nn.Module) -> torch.optim.Optimizer:
-        from ..optim import AdamW
+        from ..optim import AdamW, AdamW8bit
 
         decayed = set(self.get_decay_parameter_names(model))
         trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -57,7 +61,8 @@ class Trainer(transformers.Trainer):
             {"params": [p for name, p in trainable if name in decayed], "weight_decay": self.args.weight_decay},
             {"params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0},
         ]
-        return AdamW(
+        kind = AdamW8bit if self.args.optim in EIGHT_BIT else AdamW
+        return kind(
             [group for group in groups if group["params"]],
             lr=self.args.learning_rate,
             betas=(self.args.adam_beta1, self.args.adam_beta2),
