@@ -18,7 +18,6 @@ from ..data.collate import count_padding
 from ..data.masking import IGNORED
 from ..data.sampling import LengthGroupedSampler
 
-
 #: Names of ``optim`` that transformers gives bitsandbytes' AdamW with 8-bit states; ours stores the same.
 EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit")
 
