@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 
+import oracle
 import pytest
 import torch
 from comparing import assert_close, assert_equal, assert_series
@@ -41,14 +42,7 @@ def peft_model(model, ours, **options):
 
 def train(model, batches, **options):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, **options)
-    losses = []
-    for batch in batches:
-        optimizer.zero_grad()
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+    return oracle.train(model, optimizer, batches)
 
 
 def compare(family, options, dtype=torch.float32, tolerance=2e-5, fused=True):

