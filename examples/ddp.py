@@ -70,6 +70,7 @@ def main() -> None:
             print(f"step {step}: loss {float(mean):.4f}", flush=True)
 
     model.save_pretrained(args.output, is_main_process=rank == 0)
+    dist.barrier()  # who leaves while another still saves can take the connection with it
     dist.destroy_process_group()
 
 

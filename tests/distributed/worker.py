@@ -106,6 +106,7 @@ def trainer(out: Path) -> None:
     if dist.get_rank() == 0:
         facts = {"losses": result.losses, "tokens": result.tokens_per_second * result.seconds}
         (out / "trainer.json").write_text(json.dumps(facts))
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -61,7 +61,7 @@ def test_stacking_changes_no_loss_and_no_gradient(family, method, base, monkeypa
     assert not any("StackedLinear" in node for node in nodes)
     assert loss == pytest.approx(alone, rel=1e-6) and gradients.keys() == alone_gradients.keys()
     for name, gradient in gradients.items():
-        assert_close(gradient, alone_gradients[name], atol=1e-6, what=name)
+        assert_close(gradient, alone_gradients[name], atol=1e-6, rtol=2e-5, what=name)  # fp32 sums in another order
 
 
 def test_what_is_not_a_frozen_linear_is_called_as_it_is():

@@ -87,13 +87,14 @@ def test_views_and_leading_dimensions(path, dtype, make_view, rows):
     storage, bias, _ = case(24, 128, 64, dtype, bias=True)
     x = torch.randn(rows, 128).to(dtype)
     plain = forward(x, storage, bias, "nf4", 64, 24)
-    assert_bits(forward(make_view(x), storage, bias, "nf4", 64, 24), plain, "view")
+    same = torch.testing.assert_close if path == "reference" else assert_bits  # torch sums by strides on some CPUs
+    same(forward(make_view(x), storage, bias, "nf4", 64, 24), plain)
     deep = forward(x.view(rows, 1, 1, 128), storage, bias, "nf4", 64, 24)
     assert_bits(deep, plain.view(rows, 1, 1, 24), "leading dimensions")
     assert forward(x[0], storage, bias, "nf4", 64, 24).shape == (24,)
     dy = torch.randn(rows, 24).to(dtype)
     dx = quantized_linear_backward_input(dy, *storage, "nf4", 64, 128)
-    assert_bits(quantized_linear_backward_input(make_view(dy), *storage, "nf4", 64, 128), dx, "backward, view")
+    same(quantized_linear_backward_input(make_view(dy), *storage, "nf4", 64, 128), dx)
 
 
 @pytest.mark.parametrize("rows", [1, 5, SMALL_ROWS])

@@ -9,6 +9,7 @@ on. Those extra arguments are kept as the module gave them.
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from .stack import linears_of
 
 _PROBE = "inlay_probe"
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+#: What transformers calls the argument for keys and values of earlier tokens: now, and before 5.24.
+_CACHE_NAMES = ("cache", "past_key_values")
 
 
 class FusedAttention(Mixed):
@@ -36,14 +39,16 @@ class FusedAttention(Mixed):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
+        cache: Any = None,
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         assert position_embeddings is not None, "rotary attention wants position_embeddings"
         cos, sin = position_embeddings
         query, key, value = rotated_qkv(self, hidden_states, cos, sin)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         dropout = self.inlay_dropout if self.training else 0.0
         extra = {**self.inlay_attention_kwargs, **kwargs}
         if attention_mask is None and dropout == 0.0 and own_backward_pays(self, query, key, extra):
@@ -87,6 +92,9 @@ def attention_settings(module: nn.Module) -> dict[str, Any] | None:
         return None
     if hasattr(module, "q_norm") != hasattr(module, "k_norm"):
         return None
+    cache_name = next((n for n in _CACHE_NAMES if n in inspect.signature(type(module).forward).parameters), None)
+    if cache_name is None or not isinstance(getattr(module, "layer_idx", None), int):
+        return None  # a cache under a name we do not know would be passed over, and decoding be wrong
     twin, x, embeddings = _twin(module)
     seen: dict[bool, dict[str, Any]] = {}
 
@@ -97,13 +105,15 @@ def attention_settings(module: nn.Module) -> dict[str, Any] | None:
 
     def ours() -> Tensor:
         query, key, value = rotated_qkv(twin, x, *embeddings)
+        key, value = _Doubled().update(key, value, twin.layer_idx)
         if not all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(seen[False]["qkv"], (query, key, value))):
             raise ValueError("queries, keys or values differ")
         return twin.o_proj((query.transpose(1, 2) * 1.5).reshape(*x.shape[:-1], -1))
 
     def theirs(training: bool) -> Tensor:
         twin.training = training
-        return twin(hidden_states=x, position_embeddings=embeddings, attention_mask=None)[0]
+        past = {cache_name: _Doubled()}
+        return twin(hidden_states=x, position_embeddings=embeddings, attention_mask=None, **past)[0]
 
     with registered_attention(_PROBE, record):
         if not same(lambda: theirs(True), lambda: theirs(False)) or not same(lambda: theirs(False), ours):
@@ -114,6 +124,13 @@ def attention_settings(module: nn.Module) -> dict[str, Any] | None:
     if not isinstance(dropout, float) or any(isinstance(value, Tensor) for value in extra.values()):
         return None  # a per-head sink or bias: not ours to pass on
     return {"inlay_attention_kwargs": extra, "inlay_dropout": dropout}
+
+
+class _Doubled:
+    """Stands in for a cache: what it hands back shows whether, and with what, it was asked."""
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key * (2.0 + layer), value * (3.0 + layer)
 
 
 def _twin(module: nn.Module) -> tuple[nn.Module, Tensor, tuple[Tensor, Tensor]]:
