@@ -357,6 +357,31 @@ void dequantize_4bit(const TensorView& out, const TensorView& packed, const Tens
       row, column);
 }
 
+void dequantize_4bit_stack(const TensorView& out, const TensorList& packed, const TensorView& levels,
+                           const TensorList& absmaxes, const TensorList& codes, const TensorView& map,
+                           const TensorList& offsets, int64_t blocksize) {
+  constexpr const char* op = "dequantize_4bit_stack";
+  check_lead(op, "out", out);
+  const int64_t columns = out.shape[1], nested = codes.size;
+  if (columns < 2) fail(op, "out", "2 columns or more", out, "dequantize the weights one by one");
+  if (absmaxes.size != packed.size || (nested && nested != packed.size) || offsets.size != nested)
+    throw std::invalid_argument(
+        "inlay." + std::string(op) +
+        ": packed, absmaxes, codes, offsets: wanted one each (codes and offsets: or none), got " +
+        std::to_string(packed.size) + ", " + std::to_string(absmaxes.size) + ", " + std::to_string(nested) +
+        ", " + std::to_string(offsets.size) + "; pass the scales of every weight");
+  int64_t rows = 0;
+  for (int64_t i = 0; i < packed.size; ++i) {
+    const int64_t mine = rows_of_packed(packed.items[i], columns);
+    const TensorView none;
+    check_four_bit(op, mine * columns, packed.items[i], levels, absmaxes.items[i],
+                   nested ? codes.items[i] : none, map, nested ? offsets.items[i] : none, blocksize);
+    rows += mine;
+  }
+  if (rows != out.shape[0]) fail(op, "out", "as many rows as all weights together", out, "check the shapes");
+  run(op, &KernelTable::dequantize_4bit_stack, out, packed, levels, absmaxes, codes, map, offsets, blocksize);
+}
+
 namespace {
 
 void check_quantized_linear(const char* op, const TensorView& y, const TensorView& x,

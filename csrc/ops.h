@@ -110,6 +110,14 @@ INLAY_OP(dequantize_4bit,
           const TensorView& codes, const TensorView& map, const TensorView& offset, int64_t blocksize,
           int64_t columns, int64_t row, int64_t column))
 
+// The same for weights of one width below each other, in one launch: rows of out are those of packed[0], then
+// those of packed[1], ...
+// out float [ΣR_i, K], K ≥ 2; packed[i] u8 of [R_i, K]; absmaxes[i] f32, codes (an empty list, or one each),
+// map and offsets as above
+INLAY_OP(dequantize_4bit_stack, (const TensorView& out, const TensorList& packed, const TensorView& levels,
+                                 const TensorList& absmaxes, const TensorList& codes, const TensorView& map,
+                                 const TensorList& offsets, int64_t blocksize))
+
 // y = x·Wᵀ + bias, W [N, K] packed as above and never written; fp32 sums, one rounding of y. Weights are
 // fp32, except for bf16 x of five rows or more on AMX and for tensor cores: there level·absmax, or the level,
 // has 16 bits y float [M, N], x float [M, K], bias float [N] or None

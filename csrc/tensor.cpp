@@ -58,6 +58,8 @@ int64_t numel(const TensorView& tensor) {
   return count;
 }
 
+int64_t rows_of_packed(const TensorView& packed, int64_t columns) { return 2 * numel(packed) / columns; }
+
 void fail(const char* op, const char* name, const char* wanted, const TensorView& got, const char* todo) {
   refuse(op, name, wanted, describe(got), todo);
 }

@@ -31,6 +31,7 @@ struct TensorList {
 
 const char* dtype_name(DType dtype);
 int64_t numel(const TensorView& tensor);
+int64_t rows_of_packed(const TensorView& packed, int64_t columns);  // two weights a byte, columns ≥ 2
 
 // Each check throws std::invalid_argument("inlay.<op>: <name>: wanted ..., got ...; <what to do>").
 [[noreturn]] void fail(const char* op, const char* name, const char* wanted, const TensorView& got,

@@ -253,5 +253,19 @@ void dequantize_4bit(const TensorView& out, const TensorView& packed, const Tens
   });
 }
 
+void dequantize_4bit_stack(const TensorView& out, const TensorList& packed, const TensorView& levels,
+                           const TensorList& absmaxes, const TensorList& codes, const TensorView& map,
+                           const TensorList& offsets, int64_t blocksize) {
+  int64_t row = 0;
+  for (int64_t i = 0; i < packed.size; ++i) {
+    TensorView part = out, none;
+    part.data = static_cast<char*>(out.data) + row * out.strides[0] * (out.dtype == DType::f32 ? 4 : 2);
+    row += part.shape[0] = rows_of_packed(packed.items[i], out.shape[1]);
+    const bool nested = codes.size > 0;
+    dequantize_4bit(part, packed.items[i], levels, absmaxes.items[i], nested ? codes.items[i] : none, map,
+                    nested ? offsets.items[i] : none, blocksize, out.shape[1], 0, 0);
+  }
+}
+
 }  // namespace INLAY_ISA_NS
 }  // namespace inlay

@@ -56,7 +56,7 @@ def test_stacking_changes_no_loss_and_no_gradient(family, method, base, monkeypa
     loss, gradients, nodes = run()
     assert any("StackedLinear" in node for node in nodes)
     for module in ("attention", "blocks"):
-        monkeypatch.setattr(f"inlay.nn.{module}.linears_of", lambda x, modules: [m(x) for m in modules])
+        monkeypatch.setattr(f"inlay.nn.{module}.linears_of", lambda x, modules, apart=False: [m(x) for m in modules])
     alone, alone_gradients, nodes = run()
     assert not any("StackedLinear" in node for node in nodes)
     assert loss == pytest.approx(alone, rel=1e-6) and gradients.keys() == alone_gradients.keys()

@@ -268,7 +268,10 @@ def packed_weight(out, width, blocksize, quant_type="nf4", nested=False):
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows, columns, blocksize", [(9, 130, 32), (6, 256, 64), (5, 77, 128), (3, 9000, 64)])
+@pytest.mark.parametrize(
+    "rows, columns, blocksize",
+    [(9, 130, 32), (6, 256, 64), (5, 77, 128), (3, 9000, 64), (7, 1023, 256), (5, 2049, 4096)],
+)
 def test_dequantize_4bit(place, nested, dtype, rows, columns, blocksize):
     """Whole weights and rectangles at odd starts; what lies around the output stays as it was."""
     quant_type = "fp4" if rows % 2 else "nf4"
@@ -281,6 +284,25 @@ def test_dequantize_4bit(place, nested, dtype, rows, columns, blocksize):
         got = big.to(place)
         dequantize_4bit_(got[1 : 1 + height, 8 : 8 + width], *moved(args, place))
         assert_bits(got.cpu(), wanted, f"rectangle at {row}, {column}")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns, blocksize", [(256, 64), (77, 32), (130, 128), (2, 4096)])
+def test_dequantize_4bit_stack(place, nested, dtype, columns, blocksize):
+    """Weights below each other, more of them than one launch takes, and one of no rows; margins stay as they were."""
+    counts = [3, 1, 0, 8, 5, 1, 2, 2, 1, 9, 1]
+    made = [packed_weight(count, columns, blocksize, "nf4", nested and count > 0)[0] for count in counts]
+    if nested:
+        nothing = (torch.empty(0, dtype=torch.uint8), torch.empty(0), torch.empty(0, dtype=torch.uint8), torch.ones(()))
+        made = [storage if count else nothing for storage, count in zip(made, counts, strict=True)]
+    lists = [[storage[i] for storage in made] for i in range(4 if nested else 2)] + ([] if nested else [[], []])
+    big = torch.full((sum(counts), columns + 64), 7.0, dtype=dtype)
+    wanted = big.clone()
+    RAW_OPS["dequantize_4bit_stack_"].reference(wanted[:, :columns], *lists, "nf4", blocksize)
+    got = big.to(place)
+    RAW_OPS["dequantize_4bit_stack_"](got[:, :columns], *moved(lists, place), "nf4", blocksize)
+    assert_bits(got.cpu(), wanted)
 
 
 # What the tensor cores multiply are levels rounded to 16 bits: 1.3e-3 in bf16 on top of the output's 1.66e-3.

@@ -5,7 +5,8 @@ Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -23,11 +24,13 @@ from ..ops.quantize_blockwise import (
     quantize_absmax,
 )
 from ..ops.quantized_linear import (
+    decodes_in_registers,
     lora_branch_fits,
     quantized_linear,
     quantized_linear_backward_input,
     quantized_lora_linear_small,
 )
+from ..ops.quantized_stack import PackedStack, stack_backward_input, stack_forward
 from .quantized import STORAGES, Storage, naming
 
 
@@ -79,6 +82,29 @@ class FourBit(Storage):
         factors = (a, b, scale, self.quant_type, self.blocksize, self.rows)
         return quantized_lora_linear_small(as_rows(x), *tensors, *factors).view(*x.shape[:-1], self.rows)
 
+    def forward_plus(self, x: Tensor, left: Tensor, right: Tensor, *tensors: Tensor | None) -> Tensor:
+        if decodes_in_registers(x, self.blocksize) or self.columns < 2:
+            y = self.forward(x, *tensors)
+            y.view(-1, self.rows).addmm_(left, right.t())
+            return y
+        return FourBitStack((self,)).forward(x, [tensors], left, right)[0]
+
+    def backward_input_plus(self, dy: Tensor, left: Tensor, right: Tensor, *tensors: Tensor | None) -> Tensor:
+        if self.columns < 2:
+            dx = self.backward_input(dy, *tensors)
+            dx.view(-1, self.columns).addmm_(left, right)
+            return dx
+        return FourBitStack((self,)).backward_input([dy], [tensors], left, right)
+
+    @staticmethod
+    def stack_of(bases: Sequence[Any], x: Tensor) -> FourBitStack | None:
+        """These bases as one product for ``x``, or None where they differ in more than their rows, or decode."""
+        first = bases[0]
+        if decodes_in_registers(x, first.blocksize) or first.columns < 2:
+            return None
+        alike = all(isinstance(b, FourBit) and replace(b, rows=first.rows) == first for b in bases)
+        return FourBitStack(tuple(bases)) if alike else None
+
     def backward_input(self, dy: Tensor, *tensors: Tensor | None) -> Tensor:
         packed, absmax, codes, offset, _ = tensors
         return quantized_linear_backward_input(
@@ -117,6 +143,41 @@ class FourBit(Storage):
         codes = torch.stack((packed.data >> 4, packed.data & 15), dim=1).reshape(-1)
         codes[place.reshape(-1)] = found.reshape(-1)
         packed.data.copy_(codes[::2] << 4 | codes[1::2])
+
+
+@dataclass(frozen=True)
+class FourBitStack:
+    """Four-bit linears of one input as one product for many rows: ``inlay.ops.base_products.Stack``."""
+
+    bases: tuple[FourBit, ...]
+
+    def _weights(self, tensors: Sequence[tuple]) -> PackedStack:
+        packed, absmaxes, codes, offsets = (list(column) for column in zip(*(t[:4] for t in tensors), strict=True))
+        if not self.bases[0].double_quant:
+            codes, offsets = [], []
+        first, rows = self.bases[0], [base.rows for base in self.bases]
+        return PackedStack(packed, absmaxes, codes, offsets, rows, first.columns, first.quant_type, first.blocksize)
+
+    def forward(
+        self,
+        x: Tensor,
+        tensors: Sequence[tuple],
+        left: Tensor | None = None,
+        right: Tensor | None = None,
+        apart: bool = False,
+    ) -> list[Tensor]:
+        """``base_i(x) + left·right_iᵀ``, ``left [M, r]``, ``right [Σout, r]``."""
+        return stack_forward(x, self._weights(tensors), [t[4] for t in tensors], left, right, apart)
+
+    def backward_input(
+        self,
+        dys: Sequence[Tensor],
+        tensors: Sequence[tuple],
+        left: Tensor | None = None,
+        right: Tensor | None = None,
+    ) -> Tensor:
+        """``Σ dy_i·W_i + left·right``, ``right [r, in]``."""
+        return stack_backward_input(dys, self._weights(tensors), left, right)
 
 
 STORAGES["nf4"] = FourBit, {"quant_type": "nf4"}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..ops.base_products import DenseBase
 from ..ops.quantize_blockwise import dequantize_int8, quantize_int8
 from .quantized import STORAGES, Storage, naming
 
@@ -34,6 +35,14 @@ class Int8(Storage):
 
     def backward_input(self, dy: Tensor, *tensors: Tensor | None) -> Tensor:
         return dy.matmul(self.dequantize(dy.dtype, *tensors))
+
+    def forward_plus(self, x: Tensor, left: Tensor, right: Tensor, *tensors: Tensor | None) -> Tensor:
+        *storage, bias = tensors
+        dense = self.dequantize(x.dtype, *storage, None)
+        return DenseBase.forward_plus(x, left, right, dense, bias if bias is None else bias.to(x.dtype))
+
+    def backward_input_plus(self, dy: Tensor, left: Tensor, right: Tensor, *tensors: Tensor | None) -> Tensor:
+        return DenseBase.backward_input_plus(dy, left, right, self.dequantize(dy.dtype, *tensors))
 
     def dequantize(self, dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:
         codes, absmax, _ = tensors

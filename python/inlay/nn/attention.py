@@ -77,7 +77,9 @@ def own_backward_pays(module: nn.Module, query: Tensor, key: Tensor, extra: dict
 def rotated_qkv(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values ``[B, heads, T, head_dim]`` of ``x [B, T, H]``, the first two rotated."""
     shape = (*x.shape[:-1], -1, module.head_dim)
-    query, key, value = (y.view(shape) for y in linears_of(x, (module.q_proj, module.k_proj, module.v_proj)))
+    projections = module.q_proj, module.k_proj, module.v_proj
+    # Apart: values are kept for the backward, queries and keys only after they are rotated.
+    query, key, value = (y.view(shape) for y in linears_of(x, projections, apart=True))
     if hasattr(module, "q_norm"):
         query, key = module.q_norm(query), module.k_norm(key)
     query, key = rope(query.transpose(1, 2), key.transpose(1, 2), cos, sin)

@@ -14,8 +14,10 @@ from ..ops.stacked_linear import Part, stacked_linear
 from .tuned_linear import TunedLinear, is_watched
 
 
-def linears_of(x: Tensor, modules: Sequence[nn.Module]) -> Sequence[Tensor]:
+def linears_of(x: Tensor, modules: Sequence[nn.Module], apart: bool = False) -> Sequence[Tensor]:
     """``[module(x) for module in modules]``: query, key and value projections, or gate and up.
+
+    apart: each output in memory of its own, where they are not needed equally long.
 
     One autograd node for those that are frozen linears with at most one low-rank delta and that nothing watches, where
     gradients are wanted; then the gradients of ``x`` are summed inside its products. The others are called one by one.
@@ -29,7 +31,7 @@ def linears_of(x: Tensor, modules: Sequence[nn.Module]) -> Sequence[Tensor]:
             parts[place] = part
     if len(parts) < 2 or not (x.requires_grad or any(part.a is not None for part in parts.values())):
         return [module(x) for module in modules]
-    together = dict(zip(parts, stacked_linear(x, list(parts.values())), strict=True))
+    together = dict(zip(parts, stacked_linear(x, list(parts.values()), apart), strict=True))
     return [together[place] if place in together else module(x) for place, module in enumerate(modules)]
 
 

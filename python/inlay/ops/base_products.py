@@ -4,17 +4,23 @@ forward(x, *tensors) -> y          y  = base(x)
 backward_input(dy, *tensors) -> dx dx = dy · W
 add_backward_input(dx, dy, *tensors)  optional: dx += dy · W in dx's memory
 cast(dtype, *tensors) -> tensors   optional: what autocast would do to these tensors
+forward_plus(x, left, right, *tensors)          optional: base(x) + left·rightᵀ, rounded once
+backward_input_plus(dy, left, right, *tensors)  optional: dy · W + left·right, rounded once
+stack_of(bases) -> stack, or None               optional: linears of one input as one product, see `Stack`
 forward_lora(x, A, B, s, *tensors) optional: base(x) + s·(x·Aᵀ)·Bᵀ in one op, or None where there is none
 out_in(*tensors) -> weight         optional: the weight as an [out, in] view, for the in-place form
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from inlay.ops._registry import as_rows
 
 
 class BaseProducts(Protocol):
@@ -25,6 +31,61 @@ class BaseProducts(Protocol):
 
     def backward_input(self, dy: Tensor, *tensors: Tensor | None) -> Tensor:
         """[..., out] -> [..., in]"""
+
+
+class Stack(Protocol):
+    """Several bases of one input as one product; left [M, r] and right are of x's dtype, or both None."""
+
+    def forward(
+        self, x: Tensor, tensors: Sequence[tuple], left: Tensor | None, right: Tensor | None, apart: bool
+    ) -> list[Tensor]:
+        """base_i(x) + left·right_iᵀ, right [Σout, r]; outputs `apart`, or columns of one matrix."""
+
+    def backward_input(
+        self, dys: Sequence[Tensor], tensors: Sequence[tuple], left: Tensor | None, right: Tensor | None
+    ) -> Tensor:
+        """Σ dy_i·W_i + left·right, right [r, in]."""
+
+
+# --- a base and a narrow product beside it ------------------------------------------------------------------
+#
+# left·rightᵀ is a low-rank branch or chosen channels: left [M, r], right [N, r], of x's dtype. Added to a finished
+# product it would be rounded twice. On a GPU the narrow product comes first and the wide one is summed onto it in fp32:
+# as many bytes (y is written, read and written again), one rounding. CPUs keep the ways they were measured with.
+
+
+def wide_sums(x: Tensor) -> bool:
+    """True where a narrow product goes into the wide one's sum, and linears of one input into one product."""
+    return x.is_cuda
+
+
+def sums_at_once(base: Any, x: Tensor) -> bool:
+    """True where :func:`forward_plus` and :func:`backward_input_plus` are one sum with one rounding."""
+    return wide_sums(x) and hasattr(base, "forward_plus")
+
+
+def forward_plus(base: Any, x: Tensor, left: Tensor, right: Tensor, tensors: tuple) -> Tensor:
+    """base(x) + left·rightᵀ for x [..., in], left [M, r], right [out, r]; all of one dtype."""
+    if sums_at_once(base, x):
+        return base.forward_plus(x, left, right, *tensors)
+    y = base.forward(x, *tensors)
+    y.view(-1, y.shape[-1]).addmm_(left, right.t())
+    return y
+
+
+def backward_input_plus(base: Any, dy: Tensor, left: Tensor, right: Tensor, tensors: tuple) -> Tensor:
+    """dy·W + left·right for dy [..., out], left [M, r], right [r, in]; all of one dtype."""
+    if sums_at_once(base, dy):
+        return base.backward_input_plus(dy, left, right, *tensors)
+    dx = base.backward_input(dy, *tensors)
+    dx.view(-1, dx.shape[-1]).addmm_(left, right)
+    return dx
+
+
+def product_onto(left: Tensor, right_t: Tensor, x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
+    """left·right_t + x·weight_t (+ bias), [..., out]: the narrow product first, the wide one summed onto it."""
+    y = left.mm(right_t) if bias is None else torch.addmm(bias, left, right_t)
+    return y.addmm_(as_rows(x), weight_t).view(*x.shape[:-1], y.shape[1])
 
 
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -49,6 +110,16 @@ class DenseBase:
         dx.view(-1, dx.shape[-1]).addmm_(dy.reshape(-1, dy.shape[-1]), weight)
 
     @staticmethod
+    def forward_plus(x: Tensor, left: Tensor, right: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return product_onto(left, right.t(), x, weight.t(), bias)
+
+    @staticmethod
+    def backward_input_plus(
+        dy: Tensor, left: Tensor, right: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        return product_onto(left, right, dy, weight)
+
+    @staticmethod
     def out_in(weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return weight
 
@@ -69,6 +140,16 @@ class DenseBaseT:
     @staticmethod
     def add_backward_input(dx: Tensor, dy: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         dx.view(-1, dx.shape[-1]).addmm_(dy.reshape(-1, dy.shape[-1]), weight.t())
+
+    @staticmethod
+    def forward_plus(x: Tensor, left: Tensor, right: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return product_onto(left, right.t(), x, weight, bias)
+
+    @staticmethod
+    def backward_input_plus(
+        dy: Tensor, left: Tensor, right: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        return product_onto(left, right, dy, weight.t())
 
     @staticmethod
     def out_in(weight: Tensor, bias: Tensor | None = None) -> Tensor:

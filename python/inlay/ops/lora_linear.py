@@ -29,6 +29,7 @@ from inlay.ops._registry import (
     without_autocast,
     writable_rows,
 )
+from inlay.ops.base_products import backward_input_plus, forward_plus
 from inlay.ops.submatrix import submatrix_grad
 from inlay.ops.submatrix_linear import cast_for_autocast
 from inlay.ops.swiglu import swiglu_backward, swiglu_forward
@@ -80,14 +81,16 @@ def check_factors(op: str, x: Tensor, a: Tensor, b: Tensor) -> None:
         fail(op, "A, B", str(compute_dtype(x)), f"{a.dtype}, {b.dtype}", "keep trainables in fp32", TypeError)
 
 
-def _add_forward(y: Tensor, xl: Tensor, a: Tensor, b: Tensor, scale: float, keep: bool) -> Tensor | None:
-    """y += s·(xl·Aᵀ)·Bᵀ in y's memory; returns xa [M, r] if a backward will want it."""
+def _forward(
+    x: Tensor, xl: Tensor, a: Tensor, b: Tensor, scale: float, keep: bool, base: Any, tensors: tuple
+) -> tuple[Tensor, Tensor | None]:
+    """base(x) + s·(xl·Aᵀ)·Bᵀ, and xa [M, r] if a backward will want it."""
     if not keep and xl.numel() <= FEW * xl.shape[-1]:
+        y = base.forward(x, *tensors)
         lora_add_(y, xl, a, b, scale)
-        return None
+        return y, None
     xa = as_rows(xl).mm(a.to(xl.dtype).t())
-    y.view(-1, y.shape[-1]).addmm_(xa, (b * scale).to(xl.dtype).t())
-    return xa
+    return forward_plus(base, x, xa, (b * scale).to(xl.dtype), tensors), xa
 
 
 def _few_rows(x: Tensor, a: Tensor, b: Tensor, scale: float, base: Any, tensors: tuple) -> Tensor | None:
@@ -112,8 +115,7 @@ class _LoRALinear(Function):
         y = None if keep or dropped is not None else _few_rows(x, a, b, scale, base, tensors)
         if y is not None:
             return y
-        y = base.forward(x, *tensors)
-        xa = _add_forward(y, xl, a, b, scale, keep)
+        y, xa = _forward(x, xl, a, b, scale, keep, base, tensors)
         ctx.save_for_backward(xl, xa, a, b, *tensors)
         ctx.scale, ctx.base, ctx.count = scale, base, len(tensors)
         return y
@@ -125,12 +127,11 @@ class _LoRALinear(Function):
         xl, xa, a, b, *tensors = ctx.saved_tensors
         da, db, dyb = _gradients(dy, xl, xa, a, b, ctx.scale)
         dx = ddropped = None
-        if ctx.needs_input_grad[0]:
-            dx = ctx.base.backward_input(dy, *tensors)
         if ctx.needs_input_grad[1]:
             ddropped = dyb.mm(a.to(dyb.dtype)).view(xl.shape)
-        elif dx is not None:
-            dx.view(-1, dx.shape[-1]).addmm_(dyb, a.to(dyb.dtype))
+            dx = ctx.base.backward_input(dy, *tensors) if ctx.needs_input_grad[0] else None
+        elif ctx.needs_input_grad[0]:
+            dx = backward_input_plus(ctx.base, dy, dyb, a.to(dyb.dtype), tensors)
         return dx, ddropped, da, db, None, None, *([None] * ctx.count)
 
 
@@ -146,8 +147,7 @@ class _SwiGLULoRALinear(Function):
         y = None if keep else _few_rows(h, a, b, scale, base, tensors)
         if y is not None:
             return y
-        y = base.forward(h, *tensors)
-        xa = _add_forward(y, h, a, b, scale, keep)
+        y, xa = _forward(h, h, a, b, scale, keep, base, tensors)
         ctx.save_for_backward(gate, up, xa, a, b, *tensors)
         ctx.act, ctx.scale, ctx.base, ctx.count = act, scale, base, len(tensors)
         return y
@@ -162,8 +162,7 @@ class _SwiGLULoRALinear(Function):
         del h
         dgate = dup = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            dh = ctx.base.backward_input(dy, *tensors)
-            dh.view(-1, dh.shape[-1]).addmm_(dyb, a.to(dyb.dtype))
+            dh = backward_input_plus(ctx.base, dy, dyb, a.to(dyb.dtype), tensors)
             dgate, dup, _ = swiglu_backward(dh, gate, up, ctx.act, None)
         return dgate, dup, None, da, db, None, None, *([None] * ctx.count)
 

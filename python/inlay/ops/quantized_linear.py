@@ -176,9 +176,14 @@ def quantized_lora_linear_small(
     return y.add_(x.to(a.dtype).mm(a.t()).mul_(scale).mm(b.t())).to(x.dtype)
 
 
+def decodes_in_registers(x: Tensor, blocksize: int) -> bool:
+    """True where x has so few rows that its product never writes the weight."""
+    return x.numel() <= _small_rows(x, blocksize) * x.shape[-1]
+
+
 def lora_branch_fits(x: Tensor, blocksize: int) -> bool:
     """True where quantized_lora_linear_small is a kernel: a few rows on a GPU."""
-    return x.is_cuda and x.numel() <= _small_rows(x, blocksize) * x.shape[-1]
+    return x.is_cuda and decodes_in_registers(x, blocksize)
 
 
 def quantized_linear(

@@ -8,7 +8,8 @@ What they share is computed once, R = Σ r_i being the ranks together:
   dx  = Σ dy_i·W_i + dyb·A          every product added where the sum lies, no tensor per linear and no additions
 
 dB_i = s_i·dy_iᵀ·xa_i as for one linear (lora_linear.py). Query, key and value projections are such a stack, and gate
-and up.
+and up. On a GPU four-bit bases that share a format are one product (base_products.Stack): B_1, B_2, ... are then the
+blocks on the diagonal of one matrix.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from inlay.ops._registry import as_rows, fail, without_autocast
+from inlay.ops.base_products import Stack, backward_input_plus, forward_plus, sums_at_once, wide_sums
 from inlay.ops.lora_linear import check_factors
 from inlay.ops.submatrix import submatrix_grad
 from inlay.ops.submatrix_linear import cast_for_autocast
@@ -77,20 +79,61 @@ def _add_product(dx: Tensor | None, dy: Tensor, part: Part) -> Tensor:
     return dx.add_(part.base.backward_input(dy, *part.tensors))
 
 
+def _stack_of(parts: Sequence[Part], x: Tensor) -> Stack | None:
+    """The bases as one product, where they are one."""
+    base = parts[0].base
+    return base.stack_of([part.base for part in parts], x) if wide_sums(x) and hasattr(base, "stack_of") else None
+
+
+def _diagonal_b(parts: Sequence[Part], outs: Sequence[int], like: Tensor) -> Tensor:
+    """[Σout, R]: s_i·B_i on the diagonal."""
+    blocks = [
+        like.new_zeros(out, 0) if part.a is None else _scaled_b(part, like.dtype)
+        for part, out in zip(parts, outs, strict=True)
+    ]
+    return torch.block_diag(*blocks)
+
+
+def _forward(x: Tensor, xa: Tensor | None, parts: Sequence[Part], apart: bool) -> list[Tensor]:
+    stack = _stack_of(parts, x)
+    if stack is not None:
+        right = None if xa is None else _diagonal_b(parts, [part.base.rows for part in parts], xa)
+        return stack.forward(x, [part.tensors for part in parts], xa, right, apart)
+    ys, at = [], 0
+    for part in parts:
+        if part.a is None or xa is None:
+            ys.append(part.base.forward(x, *part.tensors))
+            continue
+        r = part.a.shape[0]
+        ys.append(forward_plus(part.base, x, xa[:, at : at + r], _scaled_b(part, x.dtype), part.tensors))
+        at += r
+    return ys
+
+
+def _backward_input(dys: Sequence[Tensor], dyb: Tensor | None, parts: Sequence[Part]) -> Tensor:
+    stack = _stack_of(parts, dys[0])
+    right = None if dyb is None else _stack_a(parts, dyb.dtype)
+    if stack is not None:
+        return stack.backward_input(dys, [part.tensors for part in parts], dyb, right)
+    dx = None
+    if dyb is not None and sums_at_once(parts[0].base, dyb):
+        dx = backward_input_plus(parts[0].base, dys[0], dyb, right, parts[0].tensors)
+        dyb, dys, parts = None, dys[1:], parts[1:]
+    for part, dy in zip(parts, dys, strict=True):
+        dx = _add_product(dx, dy, part)
+    if dyb is not None:
+        dx.view(-1, dx.shape[-1]).addmm_(dyb, right)
+    return dx
+
+
 class _StackedLinear(Function):
     @staticmethod
     @without_autocast
-    def forward(ctx: Any, x: Tensor, layout: Any, *flat: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, layout: Any, apart: bool, *flat: Tensor | None) -> tuple[Tensor, ...]:
         parts = list(_split(layout, flat))
-        ys = [part.base.forward(x, *part.tensors) for part in parts]
-        stacked, xa, at = _stack_a(parts, x.dtype), None, 0
-        if stacked is not None:
-            xa = as_rows(x).mm(stacked.t())
-            for part, y in zip(parts, ys, strict=True):
-                if part.a is not None:
-                    r = part.a.shape[0]
-                    y.view(-1, y.shape[-1]).addmm_(xa[:, at : at + r], _scaled_b(part, x.dtype).t())
-                    at += r
+        stacked = _stack_a(parts, x.dtype)
+        xa = None if stacked is None else as_rows(x).mm(stacked.t())
+        ys = _forward(x, xa, parts, apart)
         ctx.save_for_backward(None if xa is None else x, xa, *flat)
         ctx.layout, ctx.shape = layout, x.shape
         return tuple(ys)
@@ -101,18 +144,14 @@ class _StackedLinear(Function):
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         x, xa, *flat = ctx.saved_tensors
         parts = list(_split(ctx.layout, flat))
-        dx = None
-        if ctx.needs_input_grad[0]:
-            for part, dy in zip(parts, dys, strict=True):
-                dx = _add_product(dx, dy, part)
+        needs_dx = ctx.needs_input_grad[0]
         if xa is None:
-            return dx, None, *[None] * len(flat)
+            return _backward_input(dys, None, parts) if needs_dx else None, None, None, *[None] * len(flat)
         rows = [as_rows(dy) for dy in dys]
         adapted = [(part, dy) for part, dy in zip(parts, rows, strict=True) if part.a is not None]
         dyb = torch.cat([dy.mm(_scaled_b(part, dy.dtype)) for part, dy in adapted], dim=1)
-        if dx is not None:
-            dx.view(-1, dx.shape[-1]).addmm_(dyb, _stack_a(parts, dyb.dtype))
-        return dx, None, *_factor_gradients(parts, rows, dyb, as_rows(x), xa)
+        dx = _backward_input(dys, dyb, parts) if needs_dx else None
+        return dx, None, None, *_factor_gradients(parts, rows, dyb, as_rows(x), xa)
 
 
 def _factor_gradients(
@@ -129,8 +168,10 @@ def _factor_gradients(
         yield from [None] * len(part.tensors)
 
 
-def stacked_linear(x: Tensor, parts: Sequence[Part]) -> tuple[Tensor, ...]:
+def stacked_linear(x: Tensor, parts: Sequence[Part], apart: bool = False) -> tuple[Tensor, ...]:
     """The output of every part for x [..., in]; differentiable in x and the factors.
+
+    apart: keep outputs out of one memory, for callers that need one of them much longer than the others.
 
     Raises:
         ValueError: no part, or factors that do not fit. TypeError: factors that are not fp32.
@@ -144,4 +185,4 @@ def stacked_linear(x: Tensor, parts: Sequence[Part]) -> tuple[Tensor, ...]:
         if part.a is not None and part.b is not None:
             check_factors("stacked_linear", x, part.a, part.b)
     flat = [t for part in cast for t in ((part.a, part.b) if part.a is not None else ()) + part.tensors]
-    return _StackedLinear.apply(x, _layout(cast), *flat)
+    return _StackedLinear.apply(x, _layout(cast), apart, *flat)

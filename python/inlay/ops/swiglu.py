@@ -31,14 +31,15 @@ from inlay.ops._registry import (
     raw_op,
     without_autocast,
 )
+from inlay.ops.base_products import wide_sums
 from inlay.ops.submatrix import submatrix_gather, submatrix_grad
 from inlay.ops.submatrix_linear import (
     _check as check_submatrix,
 )
 from inlay.ops.submatrix_linear import (
-    add_backward_input,
-    add_forward,
+    backward_input_with_delta,
     cast_for_autocast,
+    forward_with_delta,
     write_values,
 )
 
@@ -90,6 +91,13 @@ def swiglu_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
     return (_activate(gate.to(wide), act) * up.to(wide)).to(gate.dtype).contiguous()
 
 
+def _empty_pair(gate: Tensor) -> tuple[Tensor, Tensor]:
+    """dgate and dup: on a GPU as neighbouring columns of one matrix, so that what follows can be one product."""
+    if not wide_sums(gate):
+        return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+    return gate.new_empty(*gate.shape[:-1], 2, gate.shape[-1]).unbind(-2)
+
+
 def _backward_native(
     dh: Tensor, gate: Tensor, up: Tensor, act: str, indices: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,7 +106,7 @@ def _backward_native(
     if indices is None:
         indices = torch.empty(0, dtype=torch.int64, device=gate.device)
     check_indices("swiglu_backward", indices, gate)
-    dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
+    dgate, dup = _empty_pair(gate)
     h_sel = gate.new_empty((*gate.shape[:-1], indices.numel()))
     module().swiglu_backward(
         *map(as_rows, (dgate, dup, h_sel, dh, gate, up)), indices.contiguous(), ACTIVATIONS.index(act)
@@ -110,7 +118,7 @@ def _backward_fake(
     dh: Tensor, gate: Tensor, up: Tensor, act: str, indices: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     chosen = 0 if indices is None else indices.shape[0]
-    return gate.new_empty(gate.shape), gate.new_empty(gate.shape), gate.new_empty((*gate.shape[:-1], chosen))
+    return *_empty_pair(gate), gate.new_empty((*gate.shape[:-1], chosen))
 
 
 @raw_op(native=_backward_native, fake=_backward_fake)
@@ -168,10 +176,11 @@ class _SwiGLULinear(Function):
         *base_tensors: Tensor,
     ) -> Tensor:
         h = swiglu_forward(gate, up, act)
-        y = base.forward(h, *base_tensors)
         additive = values is not None and indices is not None and not in_place
         if values is not None and indices is not None and not in_place:
-            add_forward(y, h, values, indices, "in")
+            y, _ = forward_with_delta(h, values, indices, "in", base, base_tensors)
+        else:
+            y = base.forward(h, *base_tensors)
         needs_h = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         ctx.save_for_backward(
             gate, up, indices, values if additive and needs_h else None, *(base_tensors if needs_h else ())
@@ -187,9 +196,10 @@ class _SwiGLULinear(Function):
         needs_gate, needs_up, needs_values = ctx.needs_input_grad[:3]
         dgate = dup = dv = h_sel = None
         if needs_gate or needs_up:
-            dh = ctx.base.backward_input(dy, *base_tensors)
             if ctx.additive:
-                add_backward_input(dh, dy, values, indices, "in")
+                dh = backward_input_with_delta(dy, dy, values, indices, "in", ctx.base, tuple(base_tensors))
+            else:
+                dh = ctx.base.backward_input(dy, *base_tensors)
             dgate, dup, h_sel = swiglu_backward(dh, gate, up, ctx.act, indices if needs_values else None)
         elif needs_values:  # the earliest trained layer: nothing flows further down
             chosen = (submatrix_gather(t, indices, t.dtype) for t in (gate, up))
