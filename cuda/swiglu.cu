@@ -68,31 +68,56 @@ __global__ void forward_kernel(Rows<T> out, Rows<const T> gate, Rows<const T> up
   store(out.at(m) + j, g);
 }
 
-template <class T, class Act, int N>
-__global__ void backward_kernel(Rows<T> dgate, Rows<T> dup, Rows<const T> dh, Rows<const T> gate,
-                                Rows<const T> up, int64_t count, int64_t width) {
-  const int64_t m = row_here(), j = item_here() * N;
-  if (m >= count || j >= width) return;
-  auto g = load<N>(gate.at(m) + j), u = load<N>(up.at(m) + j);
-  const auto d = load<N>(dh.at(m) + j);
-  for (int i = 0; i < N; ++i) {
-    float slope;
-    const float grad = to_float(d.at[i]);
-    const float value = Act::value_and_slope(to_float(g.at[i]), slope);
-    from_float(grad * to_float(u.at[i]) * slope, g.at[i]);
-    from_float(grad * value, u.at[i]);
+// How many of the sorted indices are below `value`, for all lanes of a warp at once: each looks at the last
+// of its 32nd of those in question, so that two rounds of loads settle a thousand.
+__device__ __forceinline__ int64_t count_below(const int64_t* indices, int64_t count, int64_t value) {
+  const int lane = int(threadIdx.x) % kWarp;
+  int64_t low = 0, left = count;  // the answer is in [low, low + left]
+  while (left > 0) {
+    const int64_t step = (left + kWarp - 1) / kWarp, last = (lane + 1) * step - 1;
+    const bool below = last < left && indices[low + last] < value;
+    const int64_t passed = __popc(__ballot_sync(kAllLanes, below)) * step;
+    low += passed;
+    left = left - passed < step ? left - passed : step - 1;
   }
-  store(dgate.at(m) + j, g);
-  store(dup.at(m) + j, u);
+  return low;
 }
 
-// Runs behind the backward, while gate and up of a short batch are still in L2.
-template <class T, class Act>
-__global__ void rebuild_kernel(Rows<T> h_sel, Rows<const T> gate, Rows<const T> up, const int64_t* indices,
-                               int64_t count, int64_t chosen) {
-  const int64_t m = row_here(), j = item_here();
-  if (m >= count || j >= chosen) return;
-  activate<Act>(gate.at(m)[indices[j]], up.at(m)[indices[j]], h_sel.at(m)[j]);
+struct Chosen {
+  const int64_t* indices;
+  int64_t count;
+};
+
+// A warp works on 32·N neighbouring channels of one row. h of those that are chosen is rebuilt from gate and
+// up where they lie, in L1 by then: a launch of its own would fetch 32 bytes of each for every two that it
+// needs.
+template <class T, class Act, int N>
+__global__ void backward_kernel(Rows<T> dgate, Rows<T> dup, Rows<T> h_sel, Rows<const T> dh,
+                                Rows<const T> gate, Rows<const T> up, Chosen chosen, int64_t count,
+                                int64_t width) {
+  const int64_t m = row_here(), j = item_here() * N;
+  if (m >= count) return;  // a whole warp
+  if (j < width) {
+    auto g = load<N>(gate.at(m) + j), u = load<N>(up.at(m) + j);
+    const auto d = load<N>(dh.at(m) + j);
+    for (int i = 0; i < N; ++i) {
+      float slope;
+      const float grad = to_float(d.at[i]);
+      const float value = Act::value_and_slope(to_float(g.at[i]), slope);
+      from_float(grad * to_float(u.at[i]) * slope, g.at[i]);
+      from_float(grad * value, u.at[i]);
+    }
+    store(dgate.at(m) + j, g);
+    store(dup.at(m) + j, u);
+  }
+  if (chosen.count == 0) return;
+  const int lane = int(threadIdx.x) % kWarp;
+  const int64_t begin = j - lane * N, end = begin + kWarp * N;
+  for (int64_t i = count_below(chosen.indices, chosen.count, begin) + lane; i < chosen.count; i += kWarp) {
+    const int64_t c = chosen.indices[i];
+    if (c >= end) break;
+    activate<Act>(gate.at(m)[c], up.at(m)[c], h_sel.at(m)[i]);
+  }
 }
 
 template <class F>
@@ -122,19 +147,18 @@ void swiglu_forward(const TensorView& out, const TensorView& gate, const TensorV
 void swiglu_backward(const TensorView& dgate, const TensorView& dup, const TensorView& h_sel,
                      const TensorView& dh, const TensorView& gate, const TensorView& up,
                      const TensorView& indices, int64_t act) {
-  const int64_t count = gate.shape[0], width = gate.shape[1], chosen = indices.shape[0];
+  const int64_t count = gate.shape[0], width = gate.shape[1];
+  const Chosen chosen{data<const int64_t>(indices), indices.shape[0]};
   with_float(gate.dtype, [&](auto element) {
     with_act(act, [&](auto activation) {
       using T = decltype(element);
       using Act = decltype(activation);
       const auto run = [&](auto n) {
         launch("swiglu_backward", backward_kernel<T, Act, n()>, elementwise(count, width / n()),
-               rows<T>(dgate), rows<T>(dup), rows<const T>(dh), rows<const T>(gate), rows<const T>(up), count,
-               width);
+               rows<T>(dgate), rows<T>(dup), rows<T>(h_sel), rows<const T>(dh), rows<const T>(gate),
+               rows<const T>(up), chosen, count, width);
       };
       with_pack<T>(width, run, dgate, dup, dh, gate, up);
-      launch("swiglu_backward (h_sel)", rebuild_kernel<T, Act>, elementwise(count, chosen), rows<T>(h_sel),
-             rows<const T>(gate), rows<const T>(up), data<const int64_t>(indices), count, chosen);
     });
   });
 }

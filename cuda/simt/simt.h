@@ -174,6 +174,7 @@ T atomicMax(T* address, T value) {
   return old;
 }
 inline void __threadfence() {}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 inline float __fmul_rn(float a, float b) {
   volatile float product = a * b;

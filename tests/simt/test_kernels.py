@@ -89,6 +89,24 @@ def test_swiglu(place, dtype, act, rows, width):
     assert RAW_OPS["swiglu_backward"](*moved((dh, gate, up, act, None), place))[2].shape == (rows, 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [31, 256, 2056])
+def test_swiglu_rebuilds_any_choice(place, dtype, width):
+    """The first and the last channel, a run of them, all: each warp finds those of its own columns."""
+    gate, up, dh = (randn(3, width, dtype=dtype) for _ in range(3))
+    h = RAW_OPS["swiglu_forward"](*moved((gate, up), place), "silu").cpu()
+    run = torch.arange(width // 3, width // 3 + min(width // 2, 70))
+    for indices in (
+        torch.tensor([0]),
+        torch.tensor([width - 1]),
+        torch.tensor([0, width - 1]),
+        run,
+        torch.arange(width),
+    ):
+        h_sel = RAW_OPS["swiglu_backward"](*moved((dh, gate, up), place), "silu", indices.to(place))[2]
+        assert_bits(h_sel.cpu(), h[:, indices], f"{len(indices)} channels")
+
+
 def test_swiglu_extremes(place):
     gate = torch.tensor([[-1e30, -200.0, -90.0, -0.0, 0.0, 90.0, 200.0, 1e30, float("nan")]])
     for act in ACTIVATIONS:
