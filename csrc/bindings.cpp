@@ -22,7 +22,7 @@ struct KnownDType {
 std::vector<KnownDType> known_dtypes;
 
 constexpr inlay::DType kDTypes[] = {inlay::DType::f32, inlay::DType::bf16, inlay::DType::f16,
-                                    inlay::DType::i64, inlay::DType::u8};
+                                    inlay::DType::i64, inlay::DType::i16,  inlay::DType::u8};
 
 void init_dtypes(const py::dict& names) {
   known_dtypes.clear();
@@ -153,6 +153,17 @@ struct type_caster<inlay::TensorList> {
     return true;
   }
   std::vector<inlay::TensorView> views;
+};
+
+template <>
+struct type_caster<inlay::IntList> {
+  PYBIND11_TYPE_CASTER(inlay::IntList, const_name("Sequence[int]"));
+  bool load(handle source, bool) {
+    numbers = reinterpret_borrow<object>(source).cast<std::vector<int64_t>>();
+    value = {numbers.data(), int64_t(numbers.size())};
+    return true;
+  }
+  std::vector<int64_t> numbers;
 };
 
 }  // namespace pybind11::detail

@@ -83,6 +83,32 @@ INLAY_OP(adamw_8bit_step, (const TensorList& params, const TensorList& grads, co
                            const TensorView& unsigned_map, double lr, double beta1, double beta2, double eps,
                            double weight_decay, int64_t step, double grad_scale))
 
+// adamw_step on bf16 parameters: each is widened to an fp32 number, its master, which is stepped and rounded.
+// Either residuals or positions are given, the other list is empty:
+//   residuals: bits(master) = (bits(param) << 16) + residual, so that nothing is lost. param is the bf16
+//   nearest
+//     to the master, of two the one further from 0: if it were the even one, an even bf16 would stand for
+//     65,537 fp32 numbers, one more than a residual can tell apart
+//   positions: bits(param) = (bits(master) + r) >> 16, so that the mean over r is the master. Parameter j of
+//     tensor i takes r, 16 bits, from place p = positions[i] + j of a sequence that seed and step name:
+//     number p % 8 of what Philox4x32-7 gives for the counter (p / 8, step), each 64 bits, and the key seed
+// A NaN becomes 0x7fc0, without a residual.
+//
+// params[i] bf16, in place; grads f32 or bf16, all alike; exp_avgs[i], exp_avg_sqs[i] f32, residuals[i] i16,
+// in place; positions ≥ 0
+INLAY_OP(adamw_bf16_step, (const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
+                           const TensorList& exp_avg_sqs, const TensorList& residuals,
+                           const IntList& positions, double lr, double beta1, double beta2, double eps,
+                           double weight_decay, int64_t step, double grad_scale, int64_t seed))
+
+// The same on states of 8 bits, as in adamw_8bit_step; positions are multiples of 8
+INLAY_OP(adamw_8bit_bf16_step,
+         (const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
+          const TensorList& exp_avg_sqs, const TensorList& exp_avg_absmaxes,
+          const TensorList& exp_avg_sq_absmaxes, const TensorList& residuals, const IntList& positions,
+          const TensorView& signed_map, const TensorView& unsigned_map, double lr, double beta1, double beta2,
+          double eps, double weight_decay, int64_t step, double grad_scale, int64_t seed))
+
 // Gradients of softmax(q·kᵀ·scale, causal)·v, from out and the rows' logsumexp:
 //   P = exp(q·kᵀ·scale − lse)   dS = P·(dout·vᵀ − rowsum(dout·out))·scale   dq = dS·k   dk = dSᵀ·q   dv =
 //   Pᵀ·dout

@@ -44,6 +44,8 @@ const char* dtype_name(DType dtype) {
       return "float16";
     case DType::i64:
       return "int64";
+    case DType::i16:
+      return "int16";
     case DType::u8:
       return "uint8";
     case DType::other:

@@ -9,7 +9,7 @@
 
 namespace inlay {
 
-enum class DType : int { f32, bf16, f16, i64, u8, other };
+enum class DType : int { f32, bf16, f16, i64, i16, u8, other };
 enum class Device : int { cpu, cuda, other };
 
 constexpr int kMaxDims = 8;
@@ -26,6 +26,11 @@ struct TensorView {
 
 struct TensorList {
   const TensorView* items = nullptr;
+  int64_t size = 0;
+};
+
+struct IntList {
+  const int64_t* items = nullptr;
   int64_t size = 0;
 };
 

@@ -1,6 +1,7 @@
 # The .cu files, for nvcc and for the emulation, and how nvcc compiles them.
 set(INLAY_CUDA_SOURCES
     cuda/adamw.cu
+    cuda/adamw_bf16.cu
     cuda/cross_entropy.cu
     cuda/lora_linear.cu
     cuda/quantize_blockwise.cu

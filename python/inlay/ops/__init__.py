@@ -2,6 +2,7 @@
 
 from inlay.ops._registry import force_path
 from inlay.ops.adamw import adamw_8bit_step_, adamw_step_
+from inlay.ops.adamw_bf16 import adamw_8bit_bf16_step_, adamw_bf16_step_
 from inlay.ops.attention import causal_attention
 from inlay.ops.base_products import DenseBase, DenseBaseT
 from inlay.ops.cross_entropy import linear_cross_entropy
@@ -14,7 +15,9 @@ from inlay.ops.swiglu import swiglu, swiglu_linear, swiglu_submatrix_linear
 __all__ = [
     "DenseBase",
     "DenseBaseT",
+    "adamw_8bit_bf16_step_",
     "adamw_8bit_step_",
+    "adamw_bf16_step_",
     "adamw_step_",
     "causal_attention",
     "force_path",

@@ -23,7 +23,7 @@ LIBRARY = torch.library.Library("inlay", "DEF")
 RAW_OPS: dict[str, RawOp] = {}
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int16, torch.uint8)
 _FORCED_CHOICES = (None, "reference", "native")
 
 

@@ -23,8 +23,8 @@ from inlay.ops.quantize_blockwise import dynamic_map
 #: Elements that share a scale, as in bitsandbytes' optimizers.
 STATE_BLOCK = 256
 
-_LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs")
-_SCALES = ("exp_avg_absmaxes", "exp_avg_sq_absmaxes")
+LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs")
+SCALES = ("exp_avg_absmaxes", "exp_avg_sq_absmaxes")
 
 
 def _check_tensor(
@@ -37,21 +37,23 @@ def _check_tensor(
     check_device(op, name, tensor, "params", param)
 
 
-def _check(op: str, lists: dict[str, list[Tensor]], step: int) -> None:
+def check(op: str, lists: dict[str, list[Tensor]], step: int, dtypes: dict[str, torch.dtype] | None = None) -> None:
+    """Lists that fit together, of fp32 where `dtypes` names no other; codes are uint8."""
     if len({len(tensors) for tensors in lists.values()}) != 1:
         got = [len(tensors) for tensors in lists.values()]
         fail(op, ", ".join(lists), "lists of one length", got, "pass one state per parameter")
     if step < 1:
         fail(op, "step", "1 or more", step, "count the first step as 1")
-    coded = _SCALES[0] in lists
+    wanted = dict.fromkeys(lists, torch.float32) | (dtypes or {})
+    if SCALES[0] in lists:
+        wanted |= dict.fromkeys(LISTS[2:], torch.uint8)
     for i, param in enumerate(lists["params"]):
         for name, tensors in lists.items():
-            dtype = torch.uint8 if coded and name in _LISTS[2:] else torch.float32
-            shape = (-(-param.numel() // STATE_BLOCK),) if name in _SCALES else param.shape
-            _check_tensor(op, name, tensors[i], dtype, shape, param)
+            shape = (-(-param.numel() // STATE_BLOCK),) if name in SCALES else param.shape
+            _check_tensor(op, name, tensors[i], wanted[name], shape, param)
 
 
-def _flat(tensors: list[Tensor]) -> list[Tensor]:
+def flat(tensors: list[Tensor]) -> list[Tensor]:
     return [t.detach().view(-1) for t in tensors]
 
 
@@ -73,9 +75,9 @@ def _native(
     if not all(t.is_contiguous() for t in written):
         adamw_step_.reference(params, grads, exp_avgs, exp_avg_sqs, *scalars)
         return
-    _check("adamw_step_", dict(zip(_LISTS, (params, grads, exp_avgs, exp_avg_sqs), strict=True)), step)
+    check("adamw_step_", dict(zip(LISTS, (params, grads, exp_avgs, exp_avg_sqs), strict=True)), step)
     grads = [g.contiguous() for g in grads]
-    module().adamw_step(*map(_flat, (params, grads, exp_avgs, exp_avg_sqs)), *scalars)
+    module().adamw_step(*map(flat, (params, grads, exp_avgs, exp_avg_sqs)), *scalars)
     # Written through raw pointers: tell autograd, so that a graph that saved the old values refuses to use them.
     torch.autograd.graph.increment_version(written)
 
@@ -95,7 +97,7 @@ def adamw_step_(
     grad_scale: float,
 ) -> None:
     """One step over every tensor, in place; `step` counts from 1; gradients are multiplied by grad_scale first."""
-    _check("adamw_step_", dict(zip(_LISTS, (params, grads, exp_avgs, exp_avg_sqs), strict=True)), step)
+    check("adamw_step_", dict(zip(LISTS, (params, grads, exp_avgs, exp_avg_sqs), strict=True)), step)
     step_size = lr / (1 - beta1**step)
     root_correction = math.sqrt(1 - beta2**step)
     with torch.no_grad():
@@ -154,16 +156,16 @@ def _8bit_native(
     if not all(t.is_contiguous() for t in written):
         adamw_8bit_step_.reference(*lists, *scalars)
         return
-    _check("adamw_8bit_step_", dict(zip(_LISTS + _SCALES, lists, strict=True)), step)
+    check("adamw_8bit_step_", dict(zip(LISTS + SCALES, lists, strict=True)), step)
     if not params:
         return
     device = params[0].device
     lists = (params, [g.contiguous() for g in grads], *lists[2:])
-    module().adamw_8bit_step(*map(_flat, lists), dynamic_map(device), dynamic_map(device, False), *scalars)
+    module().adamw_8bit_step(*map(flat, lists), dynamic_map(device), dynamic_map(device, False), *scalars)
     torch.autograd.graph.increment_version(written)
 
 
-_8BIT_MUTATES = ("params", *_LISTS[2:], *_SCALES)
+_8BIT_MUTATES = ("params", *LISTS[2:], *SCALES)
 
 
 @raw_op(native=_8bit_native, fake=lambda *args: None, mutates=_8BIT_MUTATES)
@@ -184,7 +186,7 @@ def adamw_8bit_step_(
 ) -> None:
     """The same step with exp_avgs and exp_avg_sqs as uint8 codes, and their scales fp32 [ceil(numel/256)]."""
     lists = (params, grads, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes)
-    _check("adamw_8bit_step_", dict(zip(_LISTS + _SCALES, lists, strict=True)), step)
+    check("adamw_8bit_step_", dict(zip(LISTS + SCALES, lists, strict=True)), step)
     for param, grad, m_codes, v_codes, m_scale, v_scale in zip(*lists, strict=True):
         states = decode_state(m_codes, m_scale, True), decode_state(v_codes, v_scale, False)
         scalars = (lr, beta1, beta2, eps, weight_decay, step, grad_scale)
