@@ -21,6 +21,27 @@ def local(tensor: Any) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
+def first_element(tensor: Any) -> int:
+    """Where this process's part of ``tensor`` begins, in elements counted row by row; 0 for a plain tensor.
+
+    Raises:
+        TypeError: a part that is not a run of whole rows.
+    """
+    if not is_sharded(tensor) or tensor.dim() == 0:
+        return 0
+    from torch.distributed.tensor import Shard
+
+    mesh, first, rows = tensor.device_mesh, 0, tensor.shape[0]
+    for size, place, coordinate in zip(mesh.shape, tensor.placements, mesh.get_coordinate(), strict=True):
+        if place.is_replicate():
+            continue
+        if type(place) is not Shard or place.dim != 0:
+            raise TypeError(f"wanted a tensor that is sharded by rows, got {place}; shard it along dimension 0")
+        share = -(-rows // size)  # as torch.chunk cuts them, and one after the other
+        first, rows = first + min(rows, share * coordinate), max(0, min(share, rows - share * coordinate))
+    return first * (tensor.numel() // max(1, tensor.shape[0]))
+
+
 def whole(tensor: Any) -> Tensor:
     """All of ``tensor``, gathered if it is sharded: then every process must ask."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor

@@ -1,10 +1,16 @@
 """What FSDP2 does to a model in one process: enough to see DTensors, gathers and what is refused."""
 
+import math
+
 import families
 import pytest
+import torch
 import torch.distributed as dist
-from comparing import assert_close
+from comparing import assert_close, assert_equal
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 import inlay
 
@@ -85,3 +91,45 @@ def test_8bit_states_of_sharded_parameters_are_refused():
     loss_and_gradients(model)
     with pytest.raises(TypeError, match="use AdamW, or DDP"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("rounding", ["residual", "stochastic"])
+@pytest.mark.parametrize("mesh, placements", [((3,), "S"), ((2, 2), "RS"), ((2, 3), "SS")])
+def test_each_part_of_bf16_parameters_is_stepped_as_in_the_whole(rounding, mesh, placements):
+    """Seven rows among so many processes, of which the last may hold none; this one is each of them in turn."""
+    fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+    values, gradients = torch.randn(7, 5).bfloat16(), torch.randn(3, 7, 5).bfloat16()
+    other = torch.randn(300).bfloat16()  # the first of both optimizers' parameters
+
+    def stepped(shard):
+        params = [torch.nn.Parameter(other.clone()), torch.nn.Parameter(shard(values.clone()))]
+        optimizer = inlay.optim.AdamW(params, lr=0.01, rounding=rounding, seed=3)
+        for gradient in gradients:
+            params[1].grad = shard(gradient)
+            optimizer.step()
+        return params[1].detach(), optimizer.state[params[1]].get("residual")
+
+    wanted, residual = stepped(lambda tensor: tensor)
+    seen = 0
+    dist.destroy_process_group()
+    dist.init_process_group("fake", rank=0, world_size=math.prod(mesh), store=fake.FakeStore())
+    for at in range(math.prod(mesh)):
+        device_mesh = DeviceMesh("cpu", torch.arange(math.prod(mesh)).roll(at).view(mesh))
+        places = [Shard(0) if place == "S" else Replicate() for place in placements]
+        got, kept = stepped(lambda t: distribute_tensor(t, device_mesh, places, src_data_rank=None))  # noqa: B023
+        shape, (row, _) = compute_local_shape_and_global_offset(values.shape, device_mesh, places)
+        here = slice(row, row + shape[0])
+        assert_equal(got.to_local(), wanted[here], what=f"process {at}")
+        seen += shape[0]
+        if residual is not None:
+            assert_equal(kept.to_local(), residual[here], what=f"residual of process {at}")
+    assert seen == 7 * (mesh[0] if placements[0] == "R" else 1)
+
+
+def test_parts_that_are_no_rows_are_refused():
+    device_mesh = DeviceMesh("cpu", [0])
+    columns = torch.nn.Parameter(distribute_tensor(torch.ones(4, 6).bfloat16(), device_mesh, [Shard(1)]))
+    columns.grad = torch.ones_like(columns)
+    with pytest.raises(TypeError, match="sharded by rows, got .*shard it along dimension 0"):
+        inlay.optim.AdamW([columns], rounding="stochastic").step()
+    inlay.optim.AdamW([columns], rounding="residual").step()  # each element has its own
