@@ -237,6 +237,27 @@ def adamw_cases() -> Iterator[Case]:
     scales = [[torch.zeros(-(-p.numel() // 256), device=DEVICE) for p in lists[0]] for _ in range(2)]
     step = op("adamw_8bit_step_", *lists[:2], *codes, *scales, *scalars)
     yield Case(f"adamw_8bit_step {count / 1e6:.0f}M", [step], 16.0625 * count / 1e9)
+    yield from adamw_bf16_cases(lists[0], lists[2:], codes + scales, scalars)
+
+
+def adamw_bf16_cases(values: list, fp32: list[list], coded: list[list], scalars: tuple) -> Iterator[Case]:
+    """bf16 parameters and gradients; the peer keeps states of bf16 and loses small updates."""
+    params, grads, copies = ([t.to(BF16) for t in values] for _ in range(3))
+    residuals = [torch.zeros_like(t, dtype=torch.int16) for t in values]
+    positions = [i << 40 for i in range(len(values))]
+    count = sum(t.numel() for t in values)
+    for copy, grad in zip(copies, grads):
+        copy.requires_grad_().grad = grad
+    peer = torch.optim.AdamW(copies, lr=1e-4, fused=True, capturable=True)
+    for name, states, rounding, each in (
+        ("adamw_bf16_step, residual", fp32, (residuals, []), 26),
+        ("adamw_bf16_step, stochastic", fp32, ([], positions), 22),
+        ("adamw_8bit_bf16_step, stochastic", coded, ([], positions), 10.0625),
+    ):
+        kernel = "adamw_bf16_step_" if states is fp32 else "adamw_8bit_bf16_step_"
+        step = op(kernel, params, grads, *states, *rounding, *scalars, 0)
+        peers = {"torch fused, bf16 states": [peer.step]} if states is fp32 else {}
+        yield Case(f"{name} {count / 1e6:.0f}M", [step], each * count / 1e9, peers=peers)
 
 
 def library_cases() -> Iterator[Case]:

@@ -2,8 +2,8 @@
 // parallel loop over all tensors, which are cut into spans of one size, so that many small tensors and a few
 // large ones keep every thread equally busy.
 //
-// Their files are compiled without contraction (CMakeLists.txt): which product of the formula would be fused
-// with which sum is the compiler's choice, and it could choose otherwise in the next kernel.
+// Products are fused with sums where it says fma and nowhere else (CMakeLists.txt): left to the compiler,
+// which ones are could differ from one kernel to the next, and with it the bits of the same step.
 #pragma once
 
 #include "cpu/dynamic.h"
@@ -17,7 +17,7 @@ constexpr int64_t kSpan = 8192;  // four fp32 arrays of one span: 128 KB, inside
 static_assert(kSpan % kStateBlock == 0, "a block of 8-bit states lies in one span");
 
 struct Coefficients {
-  Vec grad_scale, keep, one_minus_beta1, beta2, one_minus_beta2, step_size, root_correction, eps;
+  Vec grad_scale, keep, one_minus_beta1, beta2, one_minus_beta2, minus_step_size, root_correction, eps;
 
   Coefficients(double lr, double beta1, double beta2_, double eps_, double weight_decay, int64_t step,
                double grad_scale_)
@@ -26,7 +26,7 @@ struct Coefficients {
         one_minus_beta1(float(1.0 - beta1)),
         beta2(float(beta2_)),
         one_minus_beta2(float(1.0 - beta2_)),
-        step_size(float(lr / (1.0 - __builtin_pow(beta1, double(step))))),
+        minus_step_size(float(-lr / (1.0 - __builtin_pow(beta1, double(step))))),
         root_correction(float(__builtin_sqrt(1.0 - __builtin_pow(beta2_, double(step))))),
         eps(float(eps_)) {}
 
@@ -34,10 +34,10 @@ struct Coefficients {
   template <class Grad>
   void update(float* p, const Grad* grad, Vec& m, Vec& v, int n) const {
     const Vec g = load_n(grad, n) * grad_scale;
-    m = m + one_minus_beta1 * (g - m);
-    v = v * beta2 + one_minus_beta2 * g * g;
+    m = fma(one_minus_beta1, g - m, m);
+    v = fma(one_minus_beta2 * g, g, v * beta2);
     const Vec denominator = sqrt(v) / root_correction + eps;
-    store_n(p, load_n(p, n) * keep - step_size * m / denominator, n);
+    store_n(p, fma(load_n(p, n), keep, minus_step_size * m / denominator), n);
   }
 };
 

@@ -36,16 +36,16 @@ inline void store_codes(uint8_t* codes, Vec numbers, int n) {
 
 // Among 0, the positive levels below 1, and 1: the number of the one that is nearest to x ≥ 0; 0 for NaN.
 inline Vec place(const DynamicMap& map, Vec x) {
-  Vec scale(map.scale[0]), shift(map.shift[0]), intervals(map.lowest);
+  Vec scale(map.scale[0]), shift(-map.shift[0]), intervals(map.lowest);
   float here = map.lowest;
   for (int i = 1; i < kDecades; ++i) {
     const Vec above = Vec(map.above[i]) - x;
     here *= 2;
     scale = where_negative(above, Vec(map.scale[i]), scale);
-    shift = where_negative(above, Vec(map.shift[i]), shift);
+    shift = where_negative(above, Vec(-map.shift[i]), shift);
     intervals = where_negative(above, Vec(here), intervals);
   }
-  const Vec interval = round(x * scale - shift);
+  const Vec interval = round(fma(x, scale, shift));
   const Vec inside = min(max(interval, Vec(0.0f)), intervals - Vec(1.0f));
   Vec result = inside + intervals + Vec(1.0f - map.lowest);  // decade i begins after lowest·(2^i − 1) levels
   result = where_negative(Vec(map.one) - x, Vec(map.count + 1.0f), result);

@@ -200,7 +200,7 @@ def test_adamw(place, shapes, misaligned):
 @pytest.mark.parametrize("sizes", [[1, 257, 0, 4096, 8195], [300] * 70])
 @pytest.mark.parametrize("misaligned", [False, True])
 def test_adamw_8bit(place, sizes, misaligned):
-    """Bit for bit the scalar CPU kernel, which tests/ops/test_adamw.py tests."""
+    """Bit for bit the scalar CPU kernel (the others fuse multiply-adds), which tests/ops/test_adamw.py tests."""
     if place.type == "cpu" and _native.module().isa() != "simt":
         pytest.skip("tests/ops has its own")
     lists = [[torch.randn(size) * (i + 1) for size in sizes] for i in range(2)]
@@ -242,7 +242,7 @@ def bf16_parameters(sizes, misaligned, gradients, residual):
 @pytest.mark.parametrize("rounding", ["residual", "stochastic"])
 @pytest.mark.parametrize("states", ["fp32", "8bit"])
 def test_adamw_bf16(place, sizes, misaligned, gradients, rounding, states):
-    """Bit for bit the scalar CPU kernel, which tests/ops/test_adamw_bf16.py tests."""
+    """Bit for bit the scalar CPU kernel (the others fuse multiply-adds), which tests/ops/test_adamw_bf16.py tests."""
     if place.type == "cpu" and _native.module().isa() != "simt":
         pytest.skip("tests/ops has its own")
     params, grads, residuals = bf16_parameters(sizes, misaligned, gradients, rounding == "residual")
