@@ -52,7 +52,7 @@ struct Draws {
   }
 };
 
-// N neighbouring parameters, which begin at `first` among the eight that share a call of Philox.
+// Neighbouring parameters: the eight that share a call of Philox, or one of them.
 template <bool kResidual, int N>
 struct Parameters {
   Pack<bf16, N> rounded;

@@ -33,6 +33,7 @@ class AdamW(Optimizer):
         rounding: of bf16 parameters. "residual": an int16 in the state keeps what bf16 has no room for, 2 bytes an
             element, and the trajectory is that of fp32 parameters, bit for bit. "stochastic": up or down at random,
             right in the mean (Gupta et al., 2015, arXiv:1502.02551), no more memory. None: they are refused.
+            Whoever writes into a parameter leaves its residual alone, which is at most half of bf16's spacing.
         seed: of the random numbers, an integer of 64 bits. They depend on it, on the step, on a parameter's place
             among the optimizer's parameters and on an element's place in it (in the whole one, where it is sharded).
             A run that goes on from a checkpoint needs the same one.
