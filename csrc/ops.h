@@ -163,6 +163,12 @@ INLAY_CUDA_OP(lora_project, (const TensorView& inner, const TensorView& x, const
 // y = round(y + inner·bᵀ)                                y float [M, N], inner f32 [M, r], b f32 [N, r]
 INLAY_CUDA_OP(lora_expand, (const TensorView& y, const TensorView& inner, const TensorView& b))
 
+// dyb[p, m, j] = Σ_n dy[m, n]·sb[n, j] over the p-th of P chunks of the columns, and
+// db[q, n, j] = Σ_m dy[m, n]·xa[m, j] over the q-th of Q shares of the tokens, both in multiples of 64
+// dyb f32 [P, M, r], db f32 [Q, N, r]; dy [M, N], xa [M, r], sb [N, r] bf16 or f16; r ≤ 16; Q at least M/512
+INLAY_CUDA_OP(lora_backward, (const TensorView& dyb, const TensorView& db, const TensorView& dy,
+                              const TensorView& xa, const TensorView& sb))
+
 // quantized_linear, and inner·bᵀ before the one rounding: with lora_project all of a few rows of LoRA
 // inner f32 [M, r] without gaps, b f32 [N, r]
 INLAY_CUDA_OP(quantized_lora_linear,

@@ -3,6 +3,7 @@ set(INLAY_CUDA_SOURCES
     cuda/adamw.cu
     cuda/adamw_bf16.cu
     cuda/cross_entropy.cu
+    cuda/lora_backward.cu
     cuda/lora_linear.cu
     cuda/quantize_blockwise.cu
     cuda/quantized_linear.cu

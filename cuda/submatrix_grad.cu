@@ -7,10 +7,8 @@
 // Reading dy once is the floor: 2·M·N bytes, while s ≤ 184 leaves tensor cores waiting (790 TFLOP/s by 4.3
 // TB/s). A block holds 64 columns of dy and all of x's, and runs over its share of the tokens; P gives small
 // N enough blocks, and the shares are added in one order, so that results do not depend on timing.
-#include "ptx/cp_async.cuh"
-#include "ptx/ldmatrix.cuh"
 #include "ptx/mma.cuh"
-#include "rows.cuh"
+#include "slab.cuh"
 
 namespace inlay {
 namespace cuda {
@@ -22,54 +20,15 @@ constexpr int kTokens = 64;   // of a stage: 8 KB of dy
 constexpr int kStages = 3;    // two are under way while one is used: 55 KB at most, of which sm_86 has 99
 constexpr int kWarps = 4;     // of 16 columns each
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kPack = 8;     // elements in 16 bytes
-constexpr int kPad = kPack;  // rows then start on different banks, eight of them on all
 // With more columns of x, reading it from shared memory would take longer than reading dy from HBM.
 constexpr int64_t kMostChosen = 64;
 
 static_assert(kColumns == kWarps * 16, "the m16 of a product is a warp's share of the columns");
 
-enum class Inner { columns, tokens };
-
-// One operand's tokens in shared memory: [kTokens][Width + kPad].
-template <class T, int Width>
-struct Slab {
-  static constexpr int kStride = Width + kPad;
-  static constexpr int kSize = kTokens * kStride;
-  static_assert(kStride * sizeof(T) / 16 % 2 == 1, "an odd number of 16-byte steps visits all banks");
-  T* at;
-
-  // Tokens [first, end) of columns [column, columns); zeros beyond either.
-  template <bool Aligned>
-  __device__ __forceinline__ void fetch(Rows<const T> from, int64_t first, int64_t end, int64_t column,
-                                        int64_t columns) const {
-    for (int i = int(threadIdx.x); i < kTokens * Width / kPack; i += kThreads) {
-      const int row = i / (Width / kPack), across = i % (Width / kPack) * kPack;
-      const int64_t token = first + row, left = columns - column - across;
-      T* const to = at + row * kStride + across;
-      const T* const source = from.at(token) + column + across;
-      if (Aligned) {
-        const bool inside = token < end && left > 0;  // columns is a multiple of kPack
-        cp_async(to, inside ? source : from.data, inside);
-      } else {
-        for (int e = 0; e < kPack; ++e) to[e] = token < end && e < left ? source[e] : T{};
-      }
-    }
-  }
-
-  // Four 8x8 fragments: tokens [token, +16) by columns [column, +16), the neighbours along `inner` first.
-  __device__ __forceinline__ void fragments(uint32_t (&out)[4], int token, int column, Inner inner) const {
-    const int lane = int(threadIdx.x) % kWarp, matrix = lane / 8;
-    const int second = inner == Inner::columns ? matrix % 2 : matrix / 2;
-    const int below = inner == Inner::columns ? matrix / 2 : matrix % 2;
-    ldmatrix_transposed(out, at + (token + 8 * below + lane % 8) * kStride + column + 8 * second);
-  }
-};
-
 template <class T, int Tiles>
 struct Stage {
-  using Left = Slab<T, kColumns>;
-  using Right = Slab<T, 8 * Tiles>;
+  using Left = Slab<T, kTokens, kColumns>;
+  using Right = Slab<T, kTokens, 8 * Tiles>;
   static constexpr int kSize = Left::kSize + Right::kSize;
   static_assert(kStages * kSize * sizeof(T) <= (99 << 10), "what a block of sm_86 and sm_89 can have");
   Left dy;
@@ -110,8 +69,8 @@ __global__ void __launch_bounds__(kThreads)
   const auto fetch = [&](int number) {
     if (number < stages) {
       const Stage<T, Tiles> stage(memory, number);
-      stage.dy.template fetch<Aligned>(dy, begin + int64_t(number) * kTokens, end, column, columns);
-      stage.x.template fetch<Aligned>(x, begin + int64_t(number) * kTokens, end, 0, chosen);
+      stage.dy.template fetch<Aligned, kThreads>(dy, begin + int64_t(number) * kTokens, end, column, columns);
+      stage.x.template fetch<Aligned, kThreads>(x, begin + int64_t(number) * kTokens, end, 0, chosen);
     }
     cp_async_commit();  // a group per stage, also an empty one: the wait below counts them
   };

@@ -23,6 +23,7 @@ import torch
 
 from inlay.ops import quantize_blockwise as four_bit
 from inlay.ops._registry import RAW_OPS
+from inlay.ops.quantized_stack import PackedStack, stack_forward
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -222,6 +223,47 @@ def grad_cases(tokens: int, hidden: int, inner: int) -> Iterator[Case]:
         yield Case(f"submatrix_grad [{columns}, {chosen}]", runs, read, 2 * tokens * columns * chosen / 1e9, peers)
 
 
+def lora_backward_cases(tokens: int = 8192, rank: int = 16) -> Iterator[Case]:
+    """dy·sB and dyᵀ·xa: one pass over dy, against the two ops that it replaces."""
+    for columns in (LINEARS["gate"][0], LINEARS["o"][0]):
+
+        def apart(dy: torch.Tensor, xa: torch.Tensor, sb: torch.Tensor) -> Callable[[], Any]:
+            return lambda: (dy.mm(sb), RAW_OPS["submatrix_grad"](dy, xa))
+
+        inputs = [(randn(tokens, columns), randn(tokens, rank), randn(columns, rank)) for _ in range(2)]
+        moved = 2 * tokens * columns + 8 * rank * (tokens + columns)
+        runs = [op("lora_backward", *three) for three in inputs]
+        peers = {"two ops": [apart(*three) for three in inputs]}
+        yield Case(f"lora_backward [{columns}, {rank}]", runs, moved / 1e9, peers=peers)
+
+
+def stack_cases(tokens: int = 8192, rank: int = 16) -> Iterator[Case]:
+    """gate and up with LoRA as one product of K + r, against one after the other with the branch summed onto each."""
+    (out, width), weights = LINEARS["gate"], []
+    for _ in range(2):
+        packed, absmaxes, codes, offsets = map(list, zip(nf4(out, width), nf4(out, width)))
+        weights.append(PackedStack(packed, absmaxes, codes, offsets, [out, out], width, "nf4", 64))
+    x, left, right = randn(tokens, width), randn(tokens, rank), randn(2 * out, rank)
+
+    def together(stack: PackedStack) -> list[torch.Tensor]:
+        return stack_forward(x, stack, [None, None], left, right)
+
+    def apart(stack: PackedStack) -> list[torch.Tensor]:
+        result = []
+        for i in range(2):
+            dense = stack._replace(
+                **{k: getattr(stack, k)[i : i + 1] for k in ("packed", "absmaxes", "codes", "offsets")}
+            )
+            panel = dense._replace(rows=[out]).dequantize(x)
+            y = left.mm(right[i * out : (i + 1) * out].t())
+            result.append(y.addmm_(x, panel.t()))
+        return result
+
+    runs = [lambda s=s: together(s) for s in weights]
+    peers = {"one after the other": [lambda s=s: apart(s) for s in weights]}
+    yield Case(f"gate and up, r={rank}, as one product", runs, 0, 4 * tokens * out * width / 1e9, peers)
+
+
 def adamw_cases() -> Iterator[Case]:
     shapes = [(4096, 430)] * 32 + [(4096, 123)] * 32  # S2FT at 3%: o_proj and down_proj of every layer
     lists = [[torch.rand(shape, device=DEVICE) for shape in shapes] for _ in range(4)]
@@ -297,6 +339,8 @@ def all_cases() -> Iterator[Case]:
     yield from (next(decode) for _ in range(12))  # 1, 16 and 64 rows
     yield from block_cases()
     yield from adamw_cases()
+    yield from lora_backward_cases()
+    yield from stack_cases()
     yield from lora_cases()
     yield from library_cases()
     yield from panel_cases()

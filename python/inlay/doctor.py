@@ -12,6 +12,7 @@ import torch
 
 from inlay import _native
 from inlay.ops._registry import RAW_OPS
+from inlay.ops.lora_linear import ONE_PASS_BYTES, ONE_PASS_RANK
 from inlay.ops.quantized_linear import CUDA_SMALL_ROWS, CUDA_SMALL_ROWS_PLAIN
 from inlay.ops.submatrix import CUDA_NARROW
 
@@ -84,12 +85,17 @@ def _gpu_lines() -> Iterator[tuple[str, str]]:
 _WITHOUT_AMX = {"submatrix_grad": "torch.mm in fp32", "causal_attention_backward": "torch's own attention"}
 
 #: Raw ops that exist for their CUDA kernel, and what a CPU takes instead.
-_FOR_CUDA = {"quantized_lora_linear": "quantized_linear_small and lora_add_"}
+_FOR_CUDA = {
+    "quantized_lora_linear": "quantized_linear_small and lora_add_",
+    "lora_backward": "torch.mm and submatrix_grad",
+}
 
 #: What a call on a GPU takes where it is not simply the op's kernel, and why.
 _ON_CUDA = {
     "submatrix_grad": f"native kernel up to {CUDA_NARROW} columns (it reads the gradient once), torch.mm with fp32 "
     "output above (arithmetic is the bound there, and cuBLAS's)",
+    "lora_backward": f"native kernel up to rank {ONE_PASS_RANK} and from {ONE_PASS_BYTES >> 20} MiB of gradient on "
+    "(which it reads once), torch.mm and submatrix_grad elsewhere",
     "causal_attention_backward": "torch's own attention (flash attention is there already)",
     "quantized_linear_small": f"native kernel: tensor cores up to {CUDA_SMALL_ROWS} rows of 16 bits, a warp per output "
     f"up to {CUDA_SMALL_ROWS_PLAIN} of others; more rows dequantize for torch.matmul",

@@ -42,6 +42,7 @@ def _examples():
         "submatrix_write_": (x, INDICES, acc[:, :3].contiguous(), 1),
         "submatrix_grad": (x, x[:, :3]),
         "lora_add_": (x, acc.bfloat16(), torch.randn(2, 8), torch.randn(8, 2), 1.5),
+        "lora_backward": (x, x[:, :3].clone(), torch.randn(8, 3).bfloat16()),
         "swiglu_forward": (x, x.clone(), "silu"),
         "swiglu_backward": (x, x.clone(), x.clone(), "gelu", INDICES),
         "rms_norm_forward": (x, torch.randn(8), 1e-5, 1.0),

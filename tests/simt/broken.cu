@@ -172,6 +172,27 @@ __global__ void transposed_fragments(float* out, const float* in) {
   for (int r = 0; r < 4; ++r) out[(g + 8 * (r / 2)) * 8 + 2 * t + r % 2] = c[r];
 }
 
+// And where A lies row by row.
+template <bool kBroken>
+__global__ void loaded_fragments(float* out, const float* in) {
+  INLAY_SHARED(uint16_t, left, 16 * 24);   // A[i][k] at [i·24 + k]
+  INLAY_SHARED(uint16_t, right, 16 * 24);  // B[k][j] at [k·24 + j]
+  const int me = int(threadIdx.x), lane = me % 8, matrix = me / 8 % 4, g = me % kWarp / 4, t = me % 4;
+  for (int i = me; i < 256; i += kThreads) {
+    left[i / 16 * 24 + i % 16] = to_bf16(in[i / 16] + float(i % 16)).bits;
+    right[i / 16 * 24 + i % 16] = to_bf16(float(i / 16 - i % 16)).bits;
+  }
+  __syncthreads();
+  if (me >= kWarp) return;
+  const int below = kBroken ? matrix / 2 : matrix % 2, second = kBroken ? matrix % 2 : matrix / 2;
+  uint32_t a[4], b[4];
+  ldmatrix(a, left + (8 * below + lane) * 24 + 8 * second);
+  ldmatrix_transposed(b, right + (8 * (matrix % 2) + lane) * 24 + 8 * (matrix / 2));
+  float c[4] = {};
+  mma(c, a, {b[0], b[1]}, bf16{});
+  for (int r = 0; r < 4; ++r) out[(g + 8 * (r / 2)) * 8 + 2 * t + r % 2] = c[r];
+}
+
 // Shared memory holds what was copied only after a wait: for any group, and for the right one.
 template <bool kBroken>
 __global__ void no_wait(float* out, const float* in) {
@@ -238,6 +259,7 @@ std::map<std::string, Case> cases() {
       {"unwritten", {unwritten<kBroken>, 64, same}},
       {"fragments", {fragments<kBroken>, 128, product_at}},
       {"transposed_fragments", {transposed_fragments<kBroken>, 128, product_at}},
+      {"loaded_fragments", {loaded_fragments<kBroken>, 128, product_at}},
       {"no_wait", {no_wait<kBroken>, 64, same}},
       {"wrong_group", {wrong_group<kBroken>, 64, same}},
   };

@@ -26,6 +26,7 @@ CAUGHT = {
     "unwritten": r"wrong at 5: -?nan",
     "fragments": "wrong",
     "transposed_fragments": "wrong",
+    "loaded_fragments": "wrong",
     "no_wait": r"wrong at \d+: -?nan",
     "wrong_group": r"wrong at \d+: -?nan",
 }

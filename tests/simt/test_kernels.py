@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from inlay import _native
 from inlay.ops import force_path
 from inlay.ops._registry import RAW_OPS
-from inlay.ops.lora_linear import add_in_two_launches
+from inlay.ops.lora_linear import add_in_two_launches, one_pass
 from inlay.ops.quantize_blockwise import (
     dequantize_4bit,
     dequantize_4bit_,
@@ -288,6 +288,29 @@ def test_submatrix_grad(place, dtype, tokens, columns, chosen):
         for got in ways:
             assert got.dtype == torch.float32 and got.shape == exact.shape
             assert float((got - exact).norm()) <= 5e-5 * float(exact.norm()), "wanted fp32 sums"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "tokens, columns, rank",
+    [(600, 136, 16), (70, 64, 1), (257, 200, 8), (1, 9, 7), (513, 67, 16), (0, 8, 8), (64, 16, 0), (1100, 40, 4)],
+)
+def test_lora_backward(place, dtype, tokens, columns, rank):
+    """The op, and the one pass in few parts and in many, also where there is more room than work."""
+    dy, xa = (padded_rows(randn(tokens, width, dtype=dtype)) for width in (columns, rank))
+    sb = randn(columns, rank, dtype=dtype)
+    for left, right in ((dy, xa), (dy.contiguous(), xa.contiguous())):
+        exact = left.double() @ sb.double(), left.double().t() @ right.double()
+        dyb, db = (t.cpu() for t in RAW_OPS["lora_backward"](*moved((left, right, sb), place)))
+        assert dyb.dtype == dtype and float((dyb - exact[0]).norm()) <= 4e-3 * float(exact[0].norm())
+        ways = [(exact[0].float(), db)]
+        if place.type == "cuda" or _native.module().isa() == "simt":
+            ways += [one_pass(*moved((left, right, sb), place), processors) for processors in (1, 3, 40)]
+            assert_bits(one_pass(*moved((left, right, sb), place), 3)[1].cpu(), ways[2][1].cpu(), "again")
+        for way in ways:
+            for got, wanted in zip(way, exact, strict=True):
+                assert got.dtype == torch.float32 and got.shape == wanted.shape
+                assert float((got.cpu() - wanted).norm()) <= 5e-5 * float(wanted.norm()), "wanted fp32 sums"
 
 
 # --- four bits -------------------------------------------------------------------------------------------------------

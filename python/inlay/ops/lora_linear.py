@@ -30,7 +30,7 @@ from inlay.ops._registry import (
     writable_rows,
 )
 from inlay.ops.base_products import backward_input_plus, forward_plus
-from inlay.ops.submatrix import submatrix_grad
+from inlay.ops.submatrix import processors_of, submatrix_grad
 from inlay.ops.submatrix_linear import cast_for_autocast
 from inlay.ops.swiglu import swiglu_backward, swiglu_forward
 
@@ -98,11 +98,62 @@ def _few_rows(x: Tensor, a: Tensor, b: Tensor, scale: float, base: Any, tensors:
     return base.forward_lora(x, a, b, scale, *tensors) if hasattr(base, "forward_lora") else None
 
 
+# --- what the backward wants of dy ------------------------------------------------------------------------
+
+#: What cuda/lora_backward.cu takes: factors of up to 16 columns, and a share of the tokens for every 512.
+ONE_PASS_RANK, _ONE_PASS_TOKENS = 16, 512
+#: Bytes of dy from which one pass pays: 8 us of reading at 4.3 TB/s, beside two more, small, launches. Predicted.
+ONE_PASS_BYTES = 32 << 20
+
+
+def _parts(tokens: int, columns: int, processors: int) -> tuple[int, int]:
+    """Chunks of the columns and shares of the tokens: as long shares as there may be, two blocks a multiprocessor.
+
+    The parts cost 8·r/T + 8·r/C bytes an element of dy, T tokens and C columns a block, of 2 that are saved.
+    """
+    shares = max(1, -(-tokens // _ONE_PASS_TOKENS))
+    return max(1, min(-(-2 * processors // shares), -(-columns // 64))), shares
+
+
+def one_pass(dy: Tensor, xa: Tensor, sb: Tensor, processors: int) -> tuple[Tensor, Tensor]:
+    """dy·sb [M, r] and dyᵀ·xa [N, r] in fp32 by the CUDA kernel, on whatever device it is emulated on."""
+    (tokens, columns), rank = dy.shape, xa.shape[1]
+    chunks, shares = _parts(tokens, columns, processors)
+    dyb = torch.empty(chunks, tokens, rank, dtype=torch.float32, device=dy.device)
+    db = torch.empty(shares, columns, rank, dtype=torch.float32, device=dy.device)
+    module().lora_backward(dyb, db, *(t if t.stride(1) == 1 else t.contiguous() for t in (dy, xa, sb)))
+    return dyb.sum(0), db.sum(0)
+
+
+def _one_pass_native(dy: Tensor, xa: Tensor, sb: Tensor) -> tuple[Tensor, Tensor]:
+    pays = dy.is_cuda and dy.dtype in (torch.bfloat16, torch.float16) and xa.shape[1] <= ONE_PASS_RANK
+    if pays and dy.numel() * dy.element_size() >= ONE_PASS_BYTES:
+        dyb, db = one_pass(dy, xa, sb, processors_of(dy.device))
+        return dyb.to(dy.dtype), db
+    return dy.mm(sb), submatrix_grad(dy, xa)
+
+
+def _one_pass_fake(dy: Tensor, xa: Tensor, sb: Tensor) -> tuple[Tensor, Tensor]:
+    rank, wide = xa.shape[1], torch.promote_types(dy.dtype, torch.float32)
+    return dy.new_empty(dy.shape[0], rank), dy.new_empty(dy.shape[1], rank, dtype=wide)
+
+
+@raw_op(native=_one_pass_native, fake=_one_pass_fake)
+def lora_backward(dy: Tensor, xa: Tensor, sb: Tensor) -> tuple[Tensor, Tensor]:
+    """dy [M, N], xa [M, r], sb [N, r] of one dtype -> dy·sb [M, r] in it, dyᵀ·xa [N, r] in fp32."""
+    return dy.mm(sb), submatrix_grad.reference(dy, xa)
+
+
+def branch_gradients(dy: Tensor, xa: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """dyb = s·dy·B [M, r] in dy's dtype and dB = s·dyᵀ·xa [N, r] in fp32, for dy [M, N]."""
+    dyb, db = lora_backward(dy, xa, (b * scale).to(dy.dtype))
+    return dyb, db.mul_(scale)
+
+
 def _gradients(dy: Tensor, xl: Tensor, xa: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """dA fp32 [r, in], dB fp32 [out, r] and dyb [M, r]."""
-    rows = as_rows(dy)
-    dyb = rows.mm((b * scale).to(dy.dtype))
-    return submatrix_grad(dyb, as_rows(xl)), submatrix_grad(rows, xa).mul_(scale), dyb
+    dyb, db = branch_gradients(as_rows(dy), xa, b, scale)
+    return submatrix_grad(dyb, as_rows(xl)), db, dyb
 
 
 class _LoRALinear(Function):

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from inlay.ops._registry import as_rows, fail, without_autocast
 from inlay.ops.base_products import Stack, backward_input_plus, forward_plus, sums_at_once, wide_sums
-from inlay.ops.lora_linear import check_factors
+from inlay.ops.lora_linear import branch_gradients, check_factors
 from inlay.ops.submatrix import submatrix_grad
 from inlay.ops.submatrix_linear import cast_for_autocast
 
@@ -148,22 +148,37 @@ class _StackedLinear(Function):
         if xa is None:
             return _backward_input(dys, None, parts) if needs_dx else None, None, None, *[None] * len(flat)
         rows = [as_rows(dy) for dy in dys]
-        adapted = [(part, dy) for part, dy in zip(parts, rows, strict=True) if part.a is not None]
-        dyb = torch.cat([dy.mm(_scaled_b(part, dy.dtype)) for part, dy in adapted], dim=1)
+        dybs, dbs = _branch_gradients(parts, rows, xa)
+        dyb = torch.cat(dybs, dim=1)
         dx = _backward_input(dys, dyb, parts) if needs_dx else None
-        return dx, None, None, *_factor_gradients(parts, rows, dyb, as_rows(x), xa)
+        return dx, None, None, *_in_order(parts, submatrix_grad(dyb, as_rows(x)), dbs)
 
 
-def _factor_gradients(
-    parts: Sequence[Part], dys: Sequence[Tensor], dyb: Tensor, x: Tensor, xa: Tensor
-) -> Iterator[Tensor | None]:
-    """Gradients of what `_split` takes apart, in its order."""
-    da, at = submatrix_grad(dyb, x), 0
+def _branch_gradients(
+    parts: Sequence[Part], dys: Sequence[Tensor], xa: Tensor
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """dyb of the parts with LoRA, and dB of every part."""
+    dybs, dbs, at = [], [], 0
     for part, dy in zip(parts, dys, strict=True):
-        if part.a is not None:
-            r = part.a.shape[0]
+        if part.b is None:
+            dbs.append(None)
+            continue
+        r = part.b.shape[1]
+        dyb, db = branch_gradients(dy, xa[:, at : at + r], part.b, part.scale)
+        dybs.append(dyb)
+        dbs.append(db)
+        at += r
+    return dybs, dbs
+
+
+def _in_order(parts: Sequence[Part], da: Tensor, dbs: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
+    """Gradients of what `_split` takes apart, in its order."""
+    at = 0
+    for part, db in zip(parts, dbs, strict=True):
+        if db is not None:
+            r = db.shape[1]
             yield da[at : at + r]
-            yield submatrix_grad(dy, xa[:, at : at + r]).mul_(part.scale)
+            yield db
             at += r
         yield from [None] * len(part.tensors)
 

@@ -200,11 +200,12 @@ def _grad_on_cuda(left: Tensor, right: Tensor) -> Tensor:
     wide, narrow = (right, left) if transposed else (left, right)
     if narrow.shape[1] > CUDA_NARROW:
         return torch.mm(left.t(), right, out_dtype=torch.float32)
-    return narrow_grad(wide, narrow, _processors(left.device), transposed)
+    return narrow_grad(wide, narrow, processors_of(left.device), transposed)
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors_of(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
