@@ -96,6 +96,19 @@ inlay::TensorView to_view(py::handle tensor) {
 // torch._C._cuda_getCurrentRawStream(device) -> cudaStream_t as int. Handed in once by _native.py.
 PyObject* current_stream_of = nullptr;
 
+// What runs one after the other: the calls on one stream, or those that one graph captures from it (0: none).
+py::tuple current_work(int device) {
+  const py::object stream = py::handle(current_stream_of)(device);
+  return py::make_tuple(stream, inlay::capture_of(PyLong_AsVoidPtr(stream.ptr())));
+}
+
+// On a device, or -1: the emulated one.
+py::tuple linear_scratch(int device, int64_t tokens, int64_t rows, int64_t columns) {
+  const inlay::OnStream guard(device, nullptr);
+  const inlay::SplitScratch wanted = inlay::quantized_linear_scratch(tokens, rows, columns);
+  return py::make_tuple(wanted.counters, wanted.sums);
+}
+
 void find_cuda(const inlay::TensorView*& found, const inlay::TensorView& tensor) {
   if (!found && tensor.device == inlay::Device::cuda) found = &tensor;
 }
@@ -178,6 +191,10 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("init_dtypes", &init_dtypes);
   m.def("init_streams", [](py::object getter) { current_stream_of = getter.release().ptr(); });
+  m.def("current_work", &current_work, py::arg("device"),
+        "The current stream and the graph it is captured into");
+  m.def("quantized_linear_scratch", &linear_scratch, py::arg("device"), py::arg("tokens"), py::arg("rows"),
+        py::arg("columns"), "Numbers of counters and sums, both 0 where tiles are not split");
   m.def("set_num_threads", &inlay::set_num_threads);
   m.def("num_threads", &inlay::num_threads);
   m.def("set_isa", &inlay::set_isa, py::arg("isa") = "",

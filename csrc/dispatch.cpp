@@ -184,6 +184,15 @@ std::string cuda_archs() {
 #endif
 }
 
+SplitScratch quantized_linear_scratch([[maybe_unused]] int64_t tokens, [[maybe_unused]] int64_t rows,
+                                      [[maybe_unused]] int64_t columns) {
+#if defined(INLAY_HAVE_CUDA)
+  return cuda::quantized_linear_scratch(tokens, rows, columns);
+#else
+  return {};
+#endif
+}
+
 void set_isa(const std::string& isa) { current.store(isa.empty() ? choose() : find(isa)); }
 
 std::vector<std::string> available_isas() {

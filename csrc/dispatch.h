@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "scratch.h"
 #include "tensor.h"
 
 namespace inlay {

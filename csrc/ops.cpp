@@ -446,17 +446,28 @@ void dequantize_4bit_stack(const TensorView& out, const TensorList& packed, cons
 
 namespace {
 
+// None, or as long as one likes.
+void check_scratch(const char* op, const char* name, const TensorView& scratch, DType dtype) {
+  if (scratch.ndim == 0) return;
+  check_dtype(op, name, scratch, dtype);
+  check_vector(op, name, scratch, scratch.shape[0]);
+}
+
 void check_quantized_linear(const char* op, const TensorView& y, const TensorView& x,
                             const TensorView& packed, const TensorView& levels, const TensorView& absmax,
                             const TensorView& codes, const TensorView& map, const TensorView& offset,
-                            const TensorView& bias, int64_t blocksize) {
+                            const TensorView& bias, const TensorView& counters, const TensorView& sums,
+                            int64_t blocksize) {
   check_lead(op, "x", x);
   check_dtype(op, "y", y, x.dtype);
   check_matrix(op, "y", y, x.shape[0], y.ndim == 2 ? y.shape[1] : -1);
   check_four_bit(op, y.shape[1] * x.shape[1], packed, levels, absmax, codes, map, offset, blocksize);
-  if (!bias.data) return;
-  check_dtype(op, "bias", bias, x.dtype);
-  check_vector(op, "bias", bias, y.shape[1]);
+  if (bias.data) {
+    check_dtype(op, "bias", bias, x.dtype);
+    check_vector(op, "bias", bias, y.shape[1]);
+  }
+  check_scratch(op, "counters", counters, DType::i64);
+  check_scratch(op, "sums", sums, DType::f32);
 }
 
 }  // namespace
@@ -464,18 +475,22 @@ void check_quantized_linear(const char* op, const TensorView& y, const TensorVie
 void quantized_linear(const TensorView& y, const TensorView& x, const TensorView& packed,
                       const TensorView& levels, const TensorView& absmax, const TensorView& codes,
                       const TensorView& map, const TensorView& offset, const TensorView& bias,
-                      int64_t blocksize) {
+                      const TensorView& counters, const TensorView& sums, int64_t blocksize) {
   constexpr const char* op = "quantized_linear";
-  check_quantized_linear(op, y, x, packed, levels, absmax, codes, map, offset, bias, blocksize);
-  run(op, &KernelTable::quantized_linear, y, x, packed, levels, absmax, codes, map, offset, bias, blocksize);
+  check_quantized_linear(op, y, x, packed, levels, absmax, codes, map, offset, bias, counters, sums,
+                         blocksize);
+  run(op, &KernelTable::quantized_linear, y, x, packed, levels, absmax, codes, map, offset, bias, counters,
+      sums, blocksize);
 }
 
 void quantized_lora_linear(const TensorView& y, const TensorView& x, const TensorView& packed,
                            const TensorView& levels, const TensorView& absmax, const TensorView& codes,
                            const TensorView& map, const TensorView& offset, const TensorView& bias,
-                           const TensorView& inner, const TensorView& b, int64_t blocksize) {
+                           const TensorView& inner, const TensorView& b, const TensorView& counters,
+                           const TensorView& sums, int64_t blocksize) {
   constexpr const char* op = "quantized_lora_linear";
-  check_quantized_linear(op, y, x, packed, levels, absmax, codes, map, offset, bias, blocksize);
+  check_quantized_linear(op, y, x, packed, levels, absmax, codes, map, offset, bias, counters, sums,
+                         blocksize);
   check_dtype(op, "b", b, DType::f32);
   check_matrix(op, "b", b, y.shape[1], b.ndim == 2 ? b.shape[1] : -1);
   check_dtype(op, "inner", inner, DType::f32);
@@ -483,7 +498,7 @@ void quantized_lora_linear(const TensorView& y, const TensorView& x, const Tenso
   if (inner.shape[0] > 1 && inner.shape[1] > 0 && inner.strides[0] != inner.shape[1])
     fail(op, "inner", "rows without gaps", inner, "call .contiguous() first");
   run(op, &KernelTable::quantized_lora_linear, y, x, packed, levels, absmax, codes, map, offset, bias, inner,
-      b, blocksize);
+      b, counters, sums, blocksize);
 }
 
 void lora_expand(const TensorView& y, const TensorView& inner, const TensorView& b) {

@@ -146,11 +146,14 @@ INLAY_OP(dequantize_4bit_stack, (const TensorView& out, const TensorList& packed
 
 // y = x·Wᵀ + bias, W [N, K] packed as above and never written; fp32 sums, one rounding of y. Weights are
 // fp32, except for bf16 x of five rows or more on AMX and for tensor cores: there level·absmax, or the level,
-// has 16 bits y float [M, N], x float [M, K], bias float [N] or None
+// has 16 bits
+// y float [M, N], x float [M, K], bias float [N] or None
+// counters int64, zero before and after, and sums f32, of any content: scratch of the sizes that scratch.h
+// says, not used by another call at the same time. With None or less, blocks of a GPU share no tile of W
 INLAY_OP(quantized_linear,
          (const TensorView& y, const TensorView& x, const TensorView& packed, const TensorView& levels,
           const TensorView& absmax, const TensorView& codes, const TensorView& map, const TensorView& offset,
-          const TensorView& bias, int64_t blocksize))
+          const TensorView& bias, const TensorView& counters, const TensorView& sums, int64_t blocksize))
 
 // y = round(y + s·(x·Aᵀ)·Bᵀ), for a few rows           y float [M, N], x float [M, K]; a f32 [r, K], b f32
 // [N, r]
@@ -175,7 +178,7 @@ INLAY_CUDA_OP(quantized_lora_linear,
               (const TensorView& y, const TensorView& x, const TensorView& packed, const TensorView& levels,
                const TensorView& absmax, const TensorView& codes, const TensorView& map,
                const TensorView& offset, const TensorView& bias, const TensorView& inner, const TensorView& b,
-               int64_t blocksize))
+               const TensorView& counters, const TensorView& sums, int64_t blocksize))
 
 #undef INLAY_CPU_OP
 #undef INLAY_CUDA_OP

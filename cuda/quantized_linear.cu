@@ -7,8 +7,12 @@
 //
 // Two kernels. Tensor cores (16-bit x, K and blocksize multiples of 64, M ≤ 64): levels in x's dtype, their
 // fp32 scale applied to the fp32 sum of each 64-wide piece. Otherwise one warp per row of W, all in fp32.
+#include <algorithm>
+
 #include "codes.cuh"
 #include "ptx/mma.cuh"
+#include "scratch.h"
+#include "shares.cuh"
 
 namespace inlay {
 namespace cuda {
@@ -36,11 +40,23 @@ struct Branch {
 };
 
 template <class T>
-__device__ __forceinline__ void put(Rows<T> y, const T* bias, const Branch& branch, int64_t m, int64_t n,
-                                    float value) {
-  value += branch.at(m, n);
-  from_float(bias ? value + to_float(bias[n]) : value, y.at(m)[n]);
-}
+struct Product {
+  Rows<T> y;
+  Rows<const T> x;
+  Weight w;
+  const T* bias;
+  Branch branch;
+  int64_t tokens;
+
+  __device__ __forceinline__ void skip(int64_t count) {
+    x.data += count * x.stride, y.data += count * y.stride, tokens -= count;
+    if (branch.inner) branch.inner += count * branch.rank;
+  }
+  __device__ __forceinline__ void put(int64_t m, int64_t n, float value) const {
+    value += branch.at(m, n);
+    from_float(bias ? value + to_float(bias[n]) : value, y.at(m)[n]);
+  }
+};
 
 // --- any shape and dtype
 // -----------------------------------------------------------------------------------------
@@ -49,25 +65,24 @@ constexpr int kDotThreads = 256;
 constexpr int kTokens = 4;  // rows of x that share one pass over W
 
 template <class T>
-__global__ void __launch_bounds__(kDotThreads)
-    dot_kernel(Rows<T> y, Rows<const T> x, Weight w, const T* bias, Branch branch, int64_t tokens) {
+__global__ void __launch_bounds__(kDotThreads) dot_kernel(Product<T> p) {
   INLAY_SHARED(float, copies, Levels::kSize);
   const Levels table{copies};
-  table.fill(w.levels);
+  table.fill(p.w.levels);
   const int lane = int(threadIdx.x) % kWarp;
   const int64_t n = int64_t(blockIdx.x) * (kDotThreads / kWarp) + threadIdx.x / kWarp;
-  if (n >= w.rows) return;  // a whole warp
-  const int64_t start = n * w.columns, first = int64_t(blockIdx.y) * kTokens;
+  if (n >= p.w.rows) return;  // a whole warp
+  const int64_t start = n * p.w.columns, first = int64_t(blockIdx.y) * kTokens;
   float sums[kTokens] = {};
-  for (int64_t k = lane; k < w.columns; k += kWarp) {
+  for (int64_t k = lane; k < p.w.columns; k += kWarp) {
     const int64_t i = start + k;
-    const float weight = table.at(code_of(w.packed[i >> 1], int(i & 1))) * w.scales.at(i);
+    const float weight = table.at(code_of(p.w.packed[i >> 1], int(i & 1))) * p.w.scales.at(i);
     for (int m = 0; m < kTokens; ++m)
-      if (first + m < tokens) sums[m] = fmaf(weight, to_float(x.at(first + m)[k]), sums[m]);
+      if (first + m < p.tokens) sums[m] = fmaf(weight, to_float(p.x.at(first + m)[k]), sums[m]);
   }
   for (int m = 0; m < kTokens; ++m) {
     const float total = warp_sum(sums[m]);
-    if (lane == 0 && first + m < tokens) put(y, bias, branch, first + m, n, total);
+    if (lane == 0 && first + m < p.tokens) p.put(first + m, n, total);
   }
 }
 
@@ -167,94 +182,157 @@ struct Sums {
   }
 };
 
+// This warp's sums over its pieces of a part of a tile.
+template <class T, int Tiles>
+__device__ __forceinline__ void multiply(Sums<T, Tiles>& sums, const Product<T>& p, const Pairs<T>& pairs,
+                                         const Part& part) {
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp, g = lane / 4, t = lane % 4;
+  const int64_t n = int64_t(part.tile) * kRows + g, last = p.w.rows - 1;
+  const int64_t row[2] = {n < last ? n : last,
+                          n + 8 < last ? n + 8 : last};  // those beyond it are not stored
+  const int64_t pieces = p.w.columns / kPiece, stop = int64_t(part.end) * kWarps;
+  const int64_t end = stop < pieces ? stop : pieces;
+  for (int64_t first = int64_t(part.first) * kWarps + warp; first < end; first += kWarps * kAhead<Tiles>) {
+    Bytes bytes[kAhead<Tiles>];
+    for (int i = 0; i < kAhead<Tiles>; ++i) {
+      const int64_t piece = first + i * kWarps;
+      bytes[i] = fetch(p.w, row, piece < end ? piece : first, t);
+    }
+    for (int i = 0; i < kAhead<Tiles>; ++i) {
+      const int64_t piece = first + i * kWarps;
+      if (piece < end) sums.add(bytes[i], pairs, p.x, p.tokens, piece * kPiece + 16 * t, g);
+    }
+  }
+}
+
+// total [16, 8·Tiles], shared: the sums of all warps, added up in turn.
+template <class T, int Tiles>
+__device__ __forceinline__ void add_warps(float* total, const Sums<T, Tiles>& sums) {
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp, g = lane / 4, t = lane % 4;
+  for (int turn = 0; turn < kWarps; ++turn) {
+    if (turn == warp)
+      for (int tile = 0; tile < Tiles; ++tile)
+        for (int i = 0; i < 4; ++i) {
+          float& target = total[(g + 8 * (i / 2)) * 8 * Tiles + tile * 8 + 2 * t + i % 2];
+          target = turn ? target + sums.at[tile][i] : sums.at[tile][i];
+        }
+    __syncthreads();
+  }
+}
+
+// Calls f(i, m, r) for each token m and row r of a tile; neighbouring threads store neighbouring outputs.
+template <int Tiles, class F>
+__device__ __forceinline__ void each_output(F&& f) {
+  for (int i = int(threadIdx.x); i < kRows * 8 * Tiles; i += kWarps * kWarp) f(i, i / kRows, i % kRows);
+}
+
 template <class T, int Tiles>
 __global__ void __launch_bounds__(kWarps* kWarp, kResident<Tiles>)
-    mma_kernel(Rows<T> y, Rows<const T> x, Weight w, const T* bias, Branch branch, int64_t tokens) {
+    mma_kernel(Product<T> p, Line line, Scratch scratch) {
   INLAY_DYNAMIC_SHARED(uint32_t, memory);  // the table, then [16][8·Tiles] sums
   constexpr int kWidth = 8 * Tiles;
   float* const total = reinterpret_cast<float*>(memory + 256 * kWarp);
   const Pairs<T> pairs{memory};
-  pairs.fill(w.levels);
-  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp, g = lane / 4, t = lane % 4;
-  const int64_t pieces = w.columns / kPiece;
-  const int64_t skipped = int64_t(blockIdx.y) * kWidth;
-  x.data += skipped * x.stride, y.data += skipped * y.stride, tokens -= skipped;
-  if (branch.inner) branch.inner += skipped * branch.rank;
-
-  for (int64_t n = int64_t(blockIdx.x) * kRows; n < w.rows; n += int64_t(gridDim.x) * kRows) {
-    // Rows beyond the last are computed from it and not stored.
-    const int64_t row[2] = {n + g < w.rows ? n + g : w.rows - 1, n + g + 8 < w.rows ? n + g + 8 : w.rows - 1};
+  pairs.fill(p.w.levels);
+  p.skip(int64_t(blockIdx.y) * kWidth);
+  const Stretch mine(line, blockIdx.x);
+  for (unsigned i = 0; i < mine.size(); ++i) {
+    const Part part = mine.at(i);
+    const auto store = [&](int m, int r, float value) {
+      const int64_t n = int64_t(part.tile) * kRows + r;
+      if (m < p.tokens && n < p.w.rows) p.put(m, n, value);
+    };
     Sums<T, Tiles> sums;
-    for (int64_t first = warp; first < pieces; first += kWarps * kAhead<Tiles>) {
-      Bytes bytes[kAhead<Tiles>];
-      for (int i = 0; i < kAhead<Tiles>; ++i) {
-        const int64_t piece = first + i * kWarps;
-        bytes[i] = fetch(w, row, piece < pieces ? piece : first, t);
-      }
-      for (int i = 0; i < kAhead<Tiles>; ++i) {
-        const int64_t piece = first + i * kWarps;
-        if (piece < pieces) sums.add(bytes[i], pairs, x, tokens, piece * kPiece + 16 * t, g);
-      }
-    }
-    for (int turn = 0; turn < kWarps; ++turn) {
-      if (turn == warp)
-        for (int tile = 0; tile < Tiles; ++tile)
-          for (int i = 0; i < 4; ++i) {
-            float& target = total[(g + 8 * (i / 2)) * kWidth + tile * 8 + 2 * t + i % 2];
-            target = turn ? target + sums.at[tile][i] : sums.at[tile][i];
-          }
-      __syncthreads();
-    }
-    for (int i = int(threadIdx.x); i < kRows * kWidth; i += kWarps * kWarp) {
-      const int64_t m = i / kRows, r = i % kRows;  // neighbouring threads store neighbouring outputs
-      if (m < tokens && n + r < w.rows) put(y, bias, branch, m, n + r, total[r * kWidth + m]);
+    multiply(sums, p, pairs, part);
+    add_warps(total, sums);
+    if (part.end - part.first == line.chunks) {
+      each_output<Tiles>([&](int, int m, int r) { store(m, r, total[r * kWidth + m]); });
+    } else {
+      const Handover<kRows * kWidth> shared(scratch, line, part.tile, blockIdx.y);
+      float* const slot = shared.of(blockIdx.x - shared.first);
+      each_output<Tiles>([&](int at, int m, int r) { slot[at] = total[r * kWidth + m]; });
+      if (shared.hand_in()) each_output<Tiles>([&](int at, int m, int r) { store(m, r, shared.total(at)); });
     }
     __syncthreads();  // `total` is written again
   }
 }
 
-template <class T, int Tiles>
-void launch_mma(const Rows<T>& y, const Rows<const T>& x, const Weight& w, const T* bias,
-                const Branch& branch, int64_t tokens) {
-  Grid grid{dim3(blocks_for(w.rows, kRows), blocks_for(tokens, 8 * Tiles)), dim3(kWarps * kWarp)};
-  const unsigned most = unsigned(kResident<Tiles> * multiprocessors()) / grid.blocks.y;
-  if (grid.blocks.x > most) grid.blocks.x = most;
-  grid.shared = sizeof(uint32_t) * 256 * kWarp + sizeof(float) * kRows * 8 * Tiles;
-  launch("quantized_linear (mma)", mma_kernel<T, Tiles>, grid, y, x, w, bias, branch, tokens);
+// The line that a launch has. Whole tiles go round in waves of as many blocks as are resident. Splitting
+// tiles pays
+//   - where the last wave leaves a multiprocessor one block, with 16 KB under way of the 25 KB that hide
+//     latency, or none: at [14336, 4096] on 132 of them 104 tiles are left by two waves of 396;
+//   - where a block's share is no less than what its warps load before they use the first, kAhead chunks: 16
+//   or
+//     8 KB. It waits for memory once, and a smaller share would wait as long;
+//   - where a tile that would have a block for itself is halved at least: handing in costs about as much as
+//   one
+//     such wait.
+template <int Tiles>
+Line line_of(int64_t rows, int64_t columns, int64_t tokens, bool may_split) {
+  const unsigned tiles = blocks_for(rows, kRows), chunks = std::max(1u, blocks_for(columns, kPiece * kWarps));
+  const unsigned all = blocks_for(int64_t(tiles) * chunks, 1), groups = blocks_for(tokens, 8 * Tiles);
+  const unsigned processors = unsigned(multiprocessors()), resident = kResident<Tiles> * processors / groups;
+  const unsigned left = tiles % resident * groups, shares = std::min(resident, all / kAhead<Tiles>);
+  const bool split = may_split && left > 0 && left <= processors && shares >= std::min(2 * tiles, resident);
+  return cut(tiles, chunks, split ? shares : std::min(tiles, resident), split);
 }
+
+// fp32 numbers of scratch: what is handed in.
+template <int Tiles>
+int64_t sums_of(const Line& line, int64_t tokens) {
+  return line.split ? int64_t(line.blocks) * blocks_for(tokens, 8 * Tiles) * 2 * kRows * 8 * Tiles : 0;
+}
+
+// A counter for each block of any launch.
+int64_t counters_of() { return int64_t(kResident<1>) * multiprocessors(); }
+
+template <class T, int Tiles>
+void launch_mma(const Product<T>& p, const TensorView& counters, const TensorView& sums) {
+  Line line = line_of<Tiles>(p.w.rows, p.w.columns, p.tokens, true);
+  if (counters.shape[0] < counters_of() || sums.shape[0] < sums_of<Tiles>(line, p.tokens))
+    line = line_of<Tiles>(p.w.rows, p.w.columns, p.tokens, false);
+  Grid grid{dim3(line.blocks, blocks_for(p.tokens, 8 * Tiles)), dim3(kWarps * kWarp)};
+  grid.shared = sizeof(uint32_t) * 256 * kWarp + sizeof(float) * kRows * 8 * Tiles;
+  const Scratch scratch{data<unsigned long long>(counters), data<float>(sums)};
+  launch("quantized_linear (mma)", mma_kernel<T, Tiles>, grid, p, line, scratch);
+}
+
+// Calls f(Tiles) with the 8-token tiles of a group.
+template <class F>
+auto with_tiles(int64_t tokens, F&& f) {
+  if (tokens <= 8) return f(std::integral_constant<int, 1>{});
+  if (tokens <= 16) return f(std::integral_constant<int, 2>{});
+  return f(std::integral_constant<int, 4>{});
+}
+
+template <class T>
+void with_tensor_cores(const Product<T>& p, const TensorView& counters, const TensorView& sums) {
+  with_tiles(p.tokens, [&](auto tiles) { launch_mma<T, decltype(tiles)::value>(p, counters, sums); });
+}
+
+void with_tensor_cores(const Product<float>&, const TensorView&, const TensorView&) {}
 
 bool fits_tensor_cores(const TensorView& x, const TensorView& packed, int64_t blocksize) {
   return x.dtype != DType::f32 && x.shape[1] % kPiece == 0 && blocksize % kPiece == 0 &&
          x.shape[0] <= kMostTokens && rows_aligned(x) && reinterpret_cast<uintptr_t>(packed.data) % 8 == 0;
 }
 
-template <class T>
-void with_tensor_cores(const Rows<T>& y, const Rows<const T>& x, const Weight& w, const T* bias,
-                       const Branch& branch, int64_t tokens) {
-  if (tokens <= 8) return launch_mma<T, 1>(y, x, w, bias, branch, tokens);
-  if (tokens <= 16) return launch_mma<T, 2>(y, x, w, bias, branch, tokens);
-  launch_mma<T, 4>(y, x, w, bias, branch, tokens);
-}
-
-void with_tensor_cores(const Rows<float>&, const Rows<const float>&, const Weight&, const float*,
-                       const Branch&, int64_t) {}
-
 void launch_linear(const TensorView& y, const TensorView& x, const TensorView& packed,
                    const TensorView& levels, const TensorView& absmax, const TensorView& codes,
                    const TensorView& map, const TensorView& offset, const TensorView& bias,
-                   const Branch& branch, int64_t blocksize) {
+                   const Branch& branch, const TensorView& counters, const TensorView& sums,
+                   int64_t blocksize) {
   const int64_t tokens = x.shape[0];
-  if (tokens == 0) return;
+  if (tokens == 0 || y.shape[1] == 0) return;
   const Weight w{data<const uint8_t>(packed), data<const float>(levels),
                  scales_of(absmax, codes, map, offset, blocksize), y.shape[1], x.shape[1]};
   with_float(x.dtype, [&](auto element) {
     using T = decltype(element);
-    const auto* b = data<const T>(bias);
-    if (fits_tensor_cores(x, packed, blocksize))
-      return with_tensor_cores(rows<T>(y), rows<const T>(x), w, b, branch, tokens);
+    const Product<T> p{rows<T>(y), rows<const T>(x), w, data<const T>(bias), branch, tokens};
+    if (fits_tensor_cores(x, packed, blocksize)) return with_tensor_cores(p, counters, sums);
     const Grid grid{dim3(blocks_for(w.rows, kDotThreads / kWarp), blocks_for(tokens, kTokens)),
                     dim3(kDotThreads)};
-    launch("quantized_linear (dot)", dot_kernel<T>, grid, rows<T>(y), rows<const T>(x), w, b, branch, tokens);
+    launch("quantized_linear (dot)", dot_kernel<T>, grid, p);
   });
 }
 
@@ -263,16 +341,26 @@ void launch_linear(const TensorView& y, const TensorView& x, const TensorView& p
 void quantized_linear(const TensorView& y, const TensorView& x, const TensorView& packed,
                       const TensorView& levels, const TensorView& absmax, const TensorView& codes,
                       const TensorView& map, const TensorView& offset, const TensorView& bias,
-                      int64_t blocksize) {
-  launch_linear(y, x, packed, levels, absmax, codes, map, offset, bias, Branch{}, blocksize);
+                      const TensorView& counters, const TensorView& sums, int64_t blocksize) {
+  launch_linear(y, x, packed, levels, absmax, codes, map, offset, bias, Branch{}, counters, sums, blocksize);
 }
 
 void quantized_lora_linear(const TensorView& y, const TensorView& x, const TensorView& packed,
                            const TensorView& levels, const TensorView& absmax, const TensorView& codes,
                            const TensorView& map, const TensorView& offset, const TensorView& bias,
-                           const TensorView& inner, const TensorView& b, int64_t blocksize) {
+                           const TensorView& inner, const TensorView& b, const TensorView& counters,
+                           const TensorView& sums, int64_t blocksize) {
   const Branch branch{b.shape[1] ? data<const float>(inner) : nullptr, rows<const float>(b), b.shape[1]};
-  launch_linear(y, x, packed, levels, absmax, codes, map, offset, bias, branch, blocksize);
+  launch_linear(y, x, packed, levels, absmax, codes, map, offset, bias, branch, counters, sums, blocksize);
+}
+
+SplitScratch quantized_linear_scratch(int64_t tokens, int64_t rows, int64_t columns) {
+  if (tokens < 1 || tokens > kMostTokens || columns % kPiece) return {};
+  const int64_t sums = with_tiles(tokens, [&](auto tiles) {
+    constexpr int kTiles = decltype(tiles)::value;
+    return sums_of<kTiles>(line_of<kTiles>(rows, columns, tokens, true), tokens);
+  });
+  return {sums ? counters_of() : 0, sums};
 }
 
 }  // namespace cuda

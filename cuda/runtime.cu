@@ -33,6 +33,14 @@ OnStream::~OnStream() {
   if (before_ >= 0) cudaSetDevice(before_);
 }
 
+uint64_t capture_of(void* stream) {
+  cudaStreamCaptureStatus status;
+  unsigned long long id = 0;
+  check(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, &id),
+        "cudaStreamGetCaptureInfo");
+  return status == cudaStreamCaptureStatusActive ? id + 1 : 0;
+}
+
 namespace cuda {
 
 void* current_stream() { return stream_of_call; }

@@ -225,7 +225,7 @@ void any_shape(const Weight& w, const float* levels, const TensorView& x, const 
 void quantized_linear(const TensorView& y, const TensorView& x, const TensorView& packed,
                       const TensorView& levels, const TensorView& absmax, const TensorView& codes,
                       const TensorView& map, const TensorView& offset, const TensorView& bias,
-                      int64_t blocksize) {
+                      const TensorView&, const TensorView&, int64_t blocksize) {
   const int64_t columns = x.shape[1];
   const float* table = data<const float>(levels);
   const Weight w{data<const uint8_t>(packed), Levels(table), Scales(absmax, codes, map, offset), columns,

@@ -33,6 +33,9 @@ const std::vector<std::string> kOrders = {"simt-forward", "simt-reverse", "simt-
 
 const KernelTable& kernels() { return kEmulated; }
 const KernelTable& kernels_for(const char*, Device) { return kEmulated; }
+SplitScratch quantized_linear_scratch(int64_t tokens, int64_t rows, int64_t columns) {
+  return cuda::quantized_linear_scratch(tokens, rows, columns);
+}
 std::string cuda_archs() { return ""; }
 std::vector<std::string> built_isas() { return kOrders; }
 std::vector<std::string> available_isas() { return kOrders; }

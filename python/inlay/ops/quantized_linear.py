@@ -12,6 +12,7 @@ and torch.matmul takes each: weights round once to x's dtype, as bitsandbytes' d
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Any
 
@@ -35,7 +36,12 @@ CUDA_SMALL_ROWS_PLAIN = 4
 #: to 1.9x faster than 1 MiB, since each panel is a product of its own, and no slower than no panels at all.
 PANEL_BYTES = 8 << 20
 
+#: Rows of counters that a device gets at a time, 1.6 MB on 132 multiprocessors: a stream takes one, a graph another.
+COUNTER_ROWS = 512
+
 _workspaces = threading.local()
+_counters: dict[tuple[int, int, int], Tensor] = {}  # by device, stream and captured graph
+_unused_counters: dict[int, list[Tensor]] = {}  # by device
 
 
 def workspace(numel: int, like: Tensor) -> Tensor:
@@ -52,6 +58,46 @@ def workspace(numel: int, like: Tensor) -> Tensor:
         with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode
             held[key] = torch.empty(max(numel, 1), dtype=like.dtype, device=like.device)
     return held[key][:numel]
+
+
+@functools.cache
+def _scratch_sizes(device: int, tokens: int, rows: int, columns: int) -> tuple[int, int]:
+    return module().quantized_linear_scratch(device, tokens, rows, columns)
+
+
+def split_scratch(x: Tensor, rows: int) -> tuple[Tensor | None, Tensor | None]:
+    """Counters and sums for a product whose tiles several blocks of the GPU share; (None, None) where none do.
+
+    Counters are zero before and after a call, and calls that may run at the same time must not share them. Those on one
+    stream never do, whatever thread makes them. A CUDA graph may be replayed beside anything, so it keeps counters of
+    its own, for each stream it is captured from. The sums have no content between calls: they are the allocator's,
+    which knows streams and graphs.
+    """
+    if not x.is_cuda:
+        return None, None
+    device = x.get_device()
+    count, numbers = _scratch_sizes(device, x.shape[0], rows, x.shape[1])
+    if not numbers:
+        return None, None
+    key = device, *module().current_work(device)
+    counters = _counters.get(key)
+    if counters is None:
+        counters = _new_counters(key, count)
+    return counters, torch.empty(numbers, dtype=torch.float32, device=x.device)
+
+
+def _new_counters(key: tuple[int, int, int], count: int) -> Tensor | None:
+    """Zeros for a stream or a graph; None, so that tiles stay whole, where a graph is captured and none are left."""
+    device, _, capture = key
+    unused = _unused_counters.setdefault(device, [])
+    if not unused and not capture:  # what is zeroed during a capture is zeroed at replays only
+        # A copy from the host, unlike a kernel, is complete when it returns: any stream may use these.
+        unused.extend(torch.zeros(COUNTER_ROWS, count, dtype=torch.int64).to(torch.device("cuda", device)).unbind())
+    try:
+        _counters[key] = unused.pop()
+    except IndexError:  # also where another thread took the last one
+        return None
+    return _counters[key]
 
 
 def _small_rows(x: Tensor, blocksize: int) -> int:
@@ -83,7 +129,7 @@ def _native(
     bias = bias if bias is None else bias.to(x.dtype).contiguous()
     tables = levels(quant_type, x.device), absmax, codes, table, offset
     packed = packed if packed.dim() == 1 else packed.reshape(-1)
-    module().quantized_linear(y, x.contiguous(), packed, *tables, bias, blocksize)
+    module().quantized_linear(y, x.contiguous(), packed, *tables, bias, *split_scratch(x, rows), blocksize)
     return y
 
 
@@ -142,7 +188,8 @@ def fused_lora(
     table = dynamic_map(x.device) if codes is not None else None
     bias = bias if bias is None else bias.to(x.dtype).contiguous()
     tables = levels(quant_type, x.device), absmax, codes, table, offset
-    engine.quantized_lora_linear(y, x, packed.reshape(-1), *tables, bias, inner, b.contiguous(), blocksize)
+    scratch = split_scratch(x, rows)
+    engine.quantized_lora_linear(y, x, packed.reshape(-1), *tables, bias, inner, b.contiguous(), *scratch, blocksize)
     return y
 
 
