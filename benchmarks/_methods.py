@@ -93,11 +93,59 @@ def bitsandbytes_nf4(model: nn.Module) -> nn.Module:
     return model
 
 
+def _by_unsloth(model: nn.Module, four_bit: bool) -> nn.Module:
+    """``model`` as Unsloth loads it, from a folder: weights, and a tokenizer of as many words, which it asks for."""
+    import tempfile
+
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from unsloth import FastLanguageModel
+
+    words = {f"w{i}": i for i in range(model.config.vocab_size)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")),
+        unk_token="w0",
+        pad_token="w1",
+        bos_token="w2",
+        eos_token="w3",
+    )
+    dtype, length = next(model.parameters()).dtype, model.config.max_position_embeddings
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        del model
+        torch.cuda.empty_cache()
+        options = {"max_seq_length": length, "dtype": dtype, "load_in_4bit": four_bit, "local_files_only": True}
+        return FastLanguageModel.from_pretrained(folder, **options)[0]
+
+
+def unsloth_bf16(model: nn.Module) -> nn.Module:
+    """``model`` as Unsloth loads it, dense."""
+    return _by_unsloth(model, four_bit=False)
+
+
+def unsloth_nf4(model: nn.Module) -> nn.Module:
+    """``model`` as Unsloth loads it, its linears in bitsandbytes' NF4 with double quantization."""
+    return _by_unsloth(model, four_bit=True)
+
+
+def unsloth_lora(model: nn.Module) -> Built:
+    """Unsloth's LoRA, r=16 on all linears, without checkpointing, as the others here."""
+    from unsloth import FastLanguageModel
+
+    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    options = {"target_modules": linears, "lora_dropout": 0, "bias": "none", "use_gradient_checkpointing": False}
+    tuned = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32, **options)
+    return Built(tuned, torch.optim.AdamW(_trainable(tuned), lr=1e-4))
+
+
 #: What turns a dense model into the method's base; not counted as part of the method.
 LOADERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "inlay-qlora": inlay_nf4,
     "inlay-s2ft-nf4": inlay_nf4,
     "peft-qlora": bitsandbytes_nf4,
+    "unsloth-lora": unsloth_bf16,
+    "unsloth-qlora": unsloth_nf4,
 }
 
 METHODS: dict[str, Callable[[nn.Module], Built]] = {
@@ -109,6 +157,8 @@ METHODS: dict[str, Callable[[nn.Module], Built]] = {
     "peft-lora": peft_lora,
     "peft-qlora": peft_lora,
     "full": full,
+    "unsloth-lora": unsloth_lora,
+    "unsloth-qlora": unsloth_lora,
 }
 
 

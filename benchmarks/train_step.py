@@ -47,6 +47,9 @@ def worker(args: argparse.Namespace) -> None:
     import torch
 
     sys.path.insert(0, str(HERE))
+    if args.worker.startswith("unsloth"):
+        import unsloth  # noqa: F401  it changes transformers, and wants to come first
+
     import _measure
     import _models
     from _methods import METHODS, load

@@ -238,6 +238,7 @@ def measured(script: str, name: str, most: float, *options: str) -> dict[str, An
 def installed(methods: str) -> str:
     """Without the methods whose packages are not here."""
     needs = {"peft-lora": ["peft"], "peft-qlora": ["peft", "bitsandbytes"]}
+    needs |= {"unsloth-lora": ["unsloth"], "unsloth-qlora": ["unsloth", "bitsandbytes"]}
     kept = [method for method in methods.split(",") if all(has(package) for package in needs.get(method, []))]
     if not any(method.startswith("inlay") for method in kept):
         raise NotRun(f"of {methods} none of ours can run")
@@ -247,8 +248,18 @@ def installed(methods: str) -> str:
 def train(model: str, batch: int, seq: int, methods: str, most: float) -> dict[str, Any]:
     need_gpu()
     options = ["--device", "cuda", "--model", model, "--batch", str(batch), "--seq", str(seq), "--steps", "5"]
-    name = f"train_step_{model}_{batch}x{seq}_{'nf4' if 'qlora' in methods else 'bf16'}"
+    kind = "unsloth" if "unsloth" in methods else "nf4" if "qlora" in methods else "bf16"
+    name = f"train_step_{model}_{batch}x{seq}_{kind}"
     return measured("train_step.py", name, most, *options, "--methods", installed(methods))
+
+
+def beside_unsloth() -> dict[str, Any]:
+    """A part of its own: what keeps Unsloth from running is a reason, not a failure of ours."""
+    wanted("unsloth", "bitsandbytes")
+    try:
+        return train("llama-8b", 1, 8192, "inlay-qlora,unsloth-qlora", 240)
+    except RuntimeError as error:
+        raise NotRun(f"not compared: {str(error)[-500:]}") from None
 
 
 DENSE, PACKED = "inlay-s2ft,peft-lora,full,inlay-lora", "inlay-qlora,peft-qlora,inlay-s2ft-nf4"
@@ -264,6 +275,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "decode": lambda: measured(
         "generate.py", "generate_llama-8b", 120, *DECODE, "--methods", installed("inlay-qlora,peft-qlora")
     ),
+    "train-8b-unsloth": beside_unsloth,
     "train-8b-4x2048": lambda: train("llama-8b", 4, 2048, DENSE, 200),
     "train-1b": lambda: train("llama-1b", 4, 2048, DENSE, 120),
     "train-1b-nf4": lambda: train("llama-1b", 4, 2048, PACKED, 120),

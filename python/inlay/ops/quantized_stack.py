@@ -88,8 +88,8 @@ class PackedStack(NamedTuple):
         if self.columns < 2:
             fail(op, "packed", "2 columns or more", self.columns, "use quantized_linear")
         for i, rows in enumerate(self.rows):
-            nested = (self.codes[i], self.offsets[i]) if self.codes else (None, None)
-            check_packed(op, self.packed[i], self.absmaxes[i], *nested, self.blocksize, rows, self.columns)
+            codes, offset = (self.codes[i], self.offsets[i]) if self.codes else (None, None)
+            check_packed(op, self.packed[i], self.absmaxes[i], codes, offset, self.blocksize, rows, self.columns)
 
     def dequantize(self, like: Tensor, beside: int = 0, below: int = 0) -> Tensor:
         """[ΣN + below, columns + beside] in the reused workspace, what is beside and below not yet written."""

@@ -69,14 +69,12 @@ def _scaled_b(part: Part, dtype: torch.dtype) -> Tensor:
     return (part.b * part.scale).to(dtype)
 
 
-def _add_product(dx: Tensor | None, dy: Tensor, part: Part) -> Tensor:
-    """dx + dy·W, in dx's memory if there is one."""
-    if dx is None:
-        return part.base.backward_input(dy, *part.tensors)
+def _add_product(dx: Tensor, dy: Tensor, part: Part) -> None:
+    """dx += dy·W in dx's memory."""
     if hasattr(part.base, "add_backward_input"):
         part.base.add_backward_input(dx, dy, *part.tensors)
-        return dx
-    return dx.add_(part.base.backward_input(dy, *part.tensors))
+    else:
+        dx.add_(part.base.backward_input(dy, *part.tensors))
 
 
 def _stack_of(parts: Sequence[Part], x: Tensor) -> Stack | None:
@@ -115,12 +113,13 @@ def _backward_input(dys: Sequence[Tensor], dyb: Tensor | None, parts: Sequence[P
     right = None if dyb is None else _stack_a(parts, dyb.dtype)
     if stack is not None:
         return stack.backward_input(dys, [part.tensors for part in parts], dyb, right)
-    dx = None
-    if dyb is not None and sums_at_once(parts[0].base, dyb):
-        dx = backward_input_plus(parts[0].base, dys[0], dyb, right, parts[0].tensors)
-        dyb, dys, parts = None, dys[1:], parts[1:]
-    for part, dy in zip(parts, dys, strict=True):
-        dx = _add_product(dx, dy, part)
+    first = parts[0]
+    if dyb is not None and right is not None and sums_at_once(first.base, dyb):
+        dx, dyb = backward_input_plus(first.base, dys[0], dyb, right, first.tensors), None
+    else:
+        dx = first.base.backward_input(dys[0], *first.tensors)
+    for part, dy in zip(parts[1:], dys[1:], strict=True):
+        _add_product(dx, dy, part)
     if dyb is not None:
         dx.view(-1, dx.shape[-1]).addmm_(dyb, right)
     return dx
@@ -158,7 +157,9 @@ def _branch_gradients(
     parts: Sequence[Part], dys: Sequence[Tensor], xa: Tensor
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """dyb of the parts with LoRA, and dB of every part."""
-    dybs, dbs, at = [], [], 0
+    dybs: list[Tensor] = []
+    dbs: list[Tensor | None] = []
+    at = 0
     for part, dy in zip(parts, dys, strict=True):
         if part.b is None:
             dbs.append(None)
