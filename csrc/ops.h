@@ -85,10 +85,9 @@ INLAY_OP(adamw_8bit_step, (const TensorList& params, const TensorList& grads, co
 
 // adamw_step on bf16 parameters: each is widened to an fp32 number, its master, which is stepped and rounded.
 // Either residuals or positions are given, the other list is empty:
-//   residuals: bits(master) = (bits(param) << 16) + residual, so that nothing is lost. param is the bf16
-//   nearest
-//     to the master, of two the one further from 0: if it were the even one, an even bf16 would stand for
-//     65,537 fp32 numbers, one more than a residual can tell apart
+//   residuals: bits(master) = (bits(param) << 16) + residual, so that nothing is lost. param is the nearest
+//     bf16, of two the one further from 0: if it were the even one, an even bf16 would stand for 65,537 fp32
+//     numbers, one more than a residual can tell apart
 //   positions: bits(param) = (bits(master) + r) >> 16, so that the mean over r is the master. Parameter j of
 //     tensor i takes r, 16 bits, from place p = positions[i] + j of a sequence that seed and step name:
 //     number p % 8 of what Philox4x32-7 gives for the counter (p / 8, step), each 64 bits, and the key seed

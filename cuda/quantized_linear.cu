@@ -261,12 +261,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, kResident<Tiles>)
 // tiles pays
 //   - where the last wave leaves a multiprocessor one block, with 16 KB under way of the 25 KB that hide
 //     latency, or none: at [14336, 4096] on 132 of them 104 tiles are left by two waves of 396;
-//   - where a block's share is no less than what its warps load before they use the first, kAhead chunks: 16
-//   or
-//     8 KB. It waits for memory once, and a smaller share would wait as long;
-//   - where a tile that would have a block for itself is halved at least: handing in costs about as much as
-//   one
-//     such wait.
+//   - where a block's share is no less than what its warps load before they use the first, kAhead chunks
+//     (16 or 8 KB): it waits for memory once, and a smaller share would wait as long;
+//   - where a tile that would have a block for itself is halved at least: handing in costs about as much
+//     as one such wait.
 template <int Tiles>
 Line line_of(int64_t rows, int64_t columns, int64_t tokens, bool may_split) {
   const unsigned tiles = blocks_for(rows, kRows), chunks = std::max(1u, blocks_for(columns, kPiece * kWarps));

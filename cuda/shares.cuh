@@ -7,10 +7,10 @@
 // Blocks that share a tile hand in their sums, and the one that is last adds all of them up, in the order of
 // block numbers: results depend on where the line is cut, not on who comes last.
 //
-//   counters  [blocks], zero before and after a launch: who has handed in; a tile's is that of its first
-//   block sums      fp32 [blocks, 2, tile]: a block has parts of at most two tiles that others have parts of,
-//   of
-//             the one it ends in (0) and of the one it begins in (1)
+//   counters  [blocks], zero before and after a launch: who has handed in. A tile's counter is that of its
+//             first block
+//   sums      fp32 [blocks, 2, tile]: a block shares at most two tiles with others, the one it ends in (0)
+//             and the one it begins in (1)
 #pragma once
 
 #include "ptx/load_l2.cuh"
@@ -85,8 +85,7 @@ struct Handover {
     sums = scratch.sums + int64_t(place) * 2 * kSize;
   }
 
-  // Of the i-th of its blocks: the first one ends in this tile, unless it has all of it; the others begin in
-  // it.
+  // Of the i-th of its blocks: the first one ends in this tile, the others begin in it.
   __device__ __forceinline__ float* of(unsigned i) const { return sums + (2 * i + (i ? 1 : 0)) * kSize; }
 
   // True in the block that was last to hand in. All threads of the block have written their share of its
