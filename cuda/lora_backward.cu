@@ -14,7 +14,6 @@
 // A block goes through its columns 64 at a time, and for each through its tokens, 64 at a time. db of the 64
 // columns lies in registers (a warp has 16 of the columns), dyb of all the block's tokens in shared memory (a
 // warp has 16 of each 64 tokens, so that every number has one thread that adds to it).
-#include "ptx/mma.cuh"
 #include "slab.cuh"
 
 namespace inlay {
@@ -57,18 +56,7 @@ struct Stage {
 
   // sums [16 columns of the warp, r] += dyᵀ·xa
   __device__ __forceinline__ void add_db(float (&sums)[kTiles][4]) const {
-    const int column = int(threadIdx.x) / kWarp * 16;
-    for (int token = 0; token < kTokens; token += 16) {
-      uint32_t a[4];
-      dy.fragments(a, token, column, Inner::columns);
-      for (int tile = 0; tile < kTiles; tile += 2) {
-        uint32_t b[4];
-        xa.fragments(b, token, 8 * tile, Inner::tokens);
-        const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
-        mma(sums[tile], a, first, T{});
-        mma(sums[tile + 1], a, second, T{});
-      }
-    }
+    add_over_tokens(sums, dy, xa, int(threadIdx.x) / kWarp * 16);
   }
 
   // held [16 tokens of the warp, r] += dy·sb of these 64 columns

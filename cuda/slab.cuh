@@ -4,6 +4,7 @@
 
 #include "ptx/cp_async.cuh"
 #include "ptx/ldmatrix.cuh"
+#include "ptx/mma.cuh"
 #include "rows.cuh"
 
 namespace inlay {
@@ -54,6 +55,23 @@ struct Slab {
     ldmatrix(out, at + (token + 8 * (matrix % 2) + lane % 8) * kStride + column + 8 * (matrix / 2));
   }
 };
+
+// sums [16, 8·Tiles] += leftᵀ·right over the slabs' tokens, for the 16 columns of `left` from `column` on.
+template <class T, int Height, int Width, int Tiles>
+__device__ __forceinline__ void add_over_tokens(float (&sums)[Tiles][4], const Slab<T, Height, Width>& left,
+                                                const Slab<T, Height, 8 * Tiles>& right, int column) {
+  for (int token = 0; token < Height; token += 16) {
+    uint32_t a[4];
+    left.fragments(a, token, column, Inner::columns);
+    for (int tile = 0; tile < Tiles; tile += 2) {
+      uint32_t b[4];
+      right.fragments(b, token, 8 * tile, Inner::tokens);
+      const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
+      mma(sums[tile], a, first, T{});
+      mma(sums[tile + 1], a, second, T{});
+    }
+  }
+}
 
 }  // namespace cuda
 }  // namespace inlay

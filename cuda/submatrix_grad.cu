@@ -7,7 +7,6 @@
 // Reading dy once is the floor: 2·M·N bytes, while s ≤ 184 leaves tensor cores waiting (790 TFLOP/s by 4.3
 // TB/s). A block holds 64 columns of dy and all of x's, and runs over its share of the tokens; P gives small
 // N enough blocks, and the shares are added in one order, so that results do not depend on timing.
-#include "ptx/mma.cuh"
 #include "slab.cuh"
 
 namespace inlay {
@@ -38,18 +37,7 @@ struct Stage {
 
   // sums [16 columns of dy, 8·Tiles columns of x] += dyᵀ·x
   __device__ __forceinline__ void add(float (&sums)[Tiles][4]) const {
-    const int column = int(threadIdx.x) / kWarp * 16;
-    for (int token = 0; token < kTokens; token += 16) {
-      uint32_t a[4];
-      dy.fragments(a, token, column, Inner::columns);
-      for (int tile = 0; tile < Tiles; tile += 2) {
-        uint32_t b[4];
-        x.fragments(b, token, 8 * tile, Inner::tokens);
-        const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
-        mma(sums[tile], a, first, T{});
-        mma(sums[tile + 1], a, second, T{});
-      }
-    }
+    add_over_tokens(sums, dy, x, int(threadIdx.x) / kWarp * 16);
   }
 };
 
