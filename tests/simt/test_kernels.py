@@ -313,6 +313,33 @@ def test_lora_backward(place, dtype, tokens, columns, rank):
                 assert float((got.cpu() - wanted).norm()) <= 5e-5 * float(wanted.norm()), "wanted fp32 sums"
 
 
+@pytest.mark.parametrize("rows", [8, 9, 17, 63, 65, 255])
+def test_counts_of_rows(place, rows):
+    """Around every tile and block edge, in bf16; kernels with a block per row do not care, and are quick."""
+    x, y = (randn(rows, 72, dtype=torch.bfloat16) for _ in range(2))
+    _, rstd = check("rms_norm_forward", (x, None, 1e-5, 0.0), place)
+    check("rms_norm_backward", (y, x, None, rstd.cpu(), 0.0), place, slack=8, atol=1e-6)
+    check("swiglu_backward", (x, y, x, "silu", sorted_choice(72, 9)), place)
+    check("cross_entropy_chunk_", (x, torch.randint(0, 72, (rows,)), 0.3, True), place, mutated=(0,), slack=2)
+    check("submatrix_scatter_add_", (x, sorted_choice(72, 9), randn(rows, 9)), place, mutated=(0,))
+    q, k = (t.view(1, rows, 9, 8).transpose(1, 2) for t in (x, y))
+    check("rope_rotate", (q, k, randn(1, rows, 8), randn(1, rows, 8), False), place)
+
+
+@pytest.mark.parametrize("rows", [255, 4097])
+def test_sums_over_many_tokens(place, rows):
+    """Several stages and shares: dyᵀ·x, and LoRA's backward."""
+    dy, x = randn(rows, 72, dtype=torch.bfloat16), randn(rows, 8, dtype=torch.bfloat16)
+    sb = randn(72, 8, dtype=torch.bfloat16)
+    db, dyb = dy.double().t() @ x.double(), dy.double() @ sb.double()
+    results = [(RAW_OPS["submatrix_grad"](*moved((dy, x), place)), db)]
+    if place.type == "cuda" or _native.module().isa() == "simt":
+        results += zip(one_pass(*moved((dy, x, sb), place), 4), (dyb, db))
+        results.append((narrow_grad(*moved((dy, x), place), 4), db))
+    for got, wanted in results:
+        assert float((got.cpu() - wanted).norm()) <= 5e-5 * float(wanted.norm()), "wanted fp32 sums"
+
+
 # --- four bits -------------------------------------------------------------------------------------------------------
 
 
@@ -552,7 +579,18 @@ def test_quantized_lora_linear(place, scratch, dtype, out, width, blocksize, ran
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows, width, out, rank", [(1, 256, 48, 16), (5, 77, 33, 3), (9, 1160, 260, 8), (0, 8, 8, 2)])
+@pytest.mark.parametrize(
+    "rows, width, out, rank",
+    [
+        (1, 256, 48, 16),
+        (5, 77, 33, 3),
+        (9, 1160, 260, 8),
+        (0, 8, 8, 2),
+        (7, 129, 31, 40),
+        (2, 64, 9, 256),
+        (17, 72, 64, 64),
+    ],
+)
 def test_lora_add(place, dtype, rows, width, out, rank):
     x, y = randn(rows, width, dtype=dtype), randn(rows, out, dtype=dtype)
     a, b = randn(rank, width, spread=width**-0.5), randn(out, rank, spread=rank**-0.5)
