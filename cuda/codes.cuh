@@ -16,9 +16,11 @@ struct Scales {
   int shift;             // blocks are 2^shift elements: 64-bit divisions are slow, and spill registers
 
   // Of the block that element i of the weight is in.
+  __device__ __forceinline__ float at(int64_t i) const { return codes ? at<true>(i) : at<false>(i); }
+  template <bool Nested>
   __device__ __forceinline__ float at(int64_t i) const {
     const int64_t block = i >> shift;
-    if (!codes) return absmax[block];
+    if constexpr (!Nested) return absmax[block];
     return __fadd_rn(__fmul_rn(map[codes[block]], absmax[block / 256]), *offset);
   }
 };

@@ -6,7 +6,8 @@
 //   inner = s·x·Aᵀ  fp32 [M, r] (lora_linear.cu)    B  fp32 [N, r]
 //
 // Two kernels. Tensor cores (16-bit x, K and blocksize multiples of 64, M ≤ 64): levels in x's dtype, their
-// fp32 scale applied to the fp32 sum of each 64-wide piece. Otherwise one warp per row of W, all in fp32.
+// fp32 scale applied to the fp32 sum of each 64-wide piece, tiles of W shared among blocks where whole ones
+// would leave multiprocessors idle (shares.cuh). Otherwise one warp per row of W, all in fp32.
 #include <algorithm>
 
 #include "codes.cuh"
@@ -98,7 +99,8 @@ __global__ void __launch_bounds__(kDotThreads) dot_kernel(Product<T> p) {
 // A byte becomes a pair of levels by one lookup in a table of 256 pairs, one copy per bank: 32 KB.
 //
 // The warps of a block take pieces in turn (warp w: w, w + 8, ...) and add up in the order of their numbers,
-// so that results do not depend on timing.
+// so that results do not depend on timing. A chunk of the line that blocks share (shares.cuh) is a piece for
+// each warp, 4 KB of W: the least that keeps all of them at work.
 
 constexpr int kPiece = 64;
 constexpr int kRows = 16;
@@ -143,14 +145,19 @@ struct Bytes {
   float scale[2];
 };
 
-__device__ __forceinline__ Bytes fetch(const Weight& w, const int64_t (&row)[2], int64_t piece, int t) {
-  Bytes result;
-  for (int r = 0; r < 2; ++r) {
-    const int64_t i = row[r] * w.columns + piece * kPiece;
-    result.row[r] = *reinterpret_cast<const uint2*>(w.packed + (i >> 1) + 8 * t);
-    result.scale[r] = w.scales.at(i);
+// Of `Count` pieces, kWarps apart; those beyond `end` are the first once more. Nested: the scales are. Asking
+// for each of them would put branches between the loads, which would then wait for one another.
+template <bool Nested, int Count>
+__device__ __forceinline__ void fetch(Bytes (&bytes)[Count], const Weight& w, const int64_t (&row)[2],
+                                      int64_t first, int64_t end, int t) {
+  for (int i = 0; i < Count; ++i) {
+    const int64_t piece = first + i * kWarps < end ? first + i * kWarps : first;
+    for (int r = 0; r < 2; ++r) {
+      const int64_t at = row[r] * w.columns + piece * kPiece;
+      bytes[i].row[r] = *reinterpret_cast<const uint2*>(w.packed + (at >> 1) + 8 * t);
+      bytes[i].scale[r] = w.scales.at<Nested>(at);
+    }
   }
-  return result;
 }
 
 template <class T, int Tiles>
@@ -194,10 +201,8 @@ __device__ __forceinline__ void multiply(Sums<T, Tiles>& sums, const Product<T>&
   const int64_t end = stop < pieces ? stop : pieces;
   for (int64_t first = int64_t(part.first) * kWarps + warp; first < end; first += kWarps * kAhead<Tiles>) {
     Bytes bytes[kAhead<Tiles>];
-    for (int i = 0; i < kAhead<Tiles>; ++i) {
-      const int64_t piece = first + i * kWarps;
-      bytes[i] = fetch(p.w, row, piece < end ? piece : first, t);
-    }
+    p.w.scales.codes ? fetch<true>(bytes, p.w, row, first, end, t)
+                     : fetch<false>(bytes, p.w, row, first, end, t);
     for (int i = 0; i < kAhead<Tiles>; ++i) {
       const int64_t piece = first + i * kWarps;
       if (piece < end) sums.add(bytes[i], pairs, p.x, p.tokens, piece * kPiece + 16 * t, g);
@@ -257,14 +262,13 @@ __global__ void __launch_bounds__(kWarps* kWarp, kResident<Tiles>)
   }
 }
 
-// The line that a launch has. Whole tiles go round in waves of as many blocks as are resident. Splitting
-// tiles pays
-//   - where the last wave leaves a multiprocessor one block, with 16 KB under way of the 25 KB that hide
-//     latency, or none: at [14336, 4096] on 132 of them 104 tiles are left by two waves of 396;
-//   - where a block's share is no less than what its warps load before they use the first, kAhead chunks
-//     (16 or 8 KB): it waits for memory once, and a smaller share would wait as long;
-//   - where a tile that would have a block for itself is halved at least: handing in costs about as much
-//     as one such wait.
+// How W is cut. Whole tiles go round in waves of as many blocks as are resident. Sharing them pays
+//   - where the last wave leaves a multiprocessor one block, whose 16 KB under way are less than the 25 KB
+//     that hide latency, or none: of the 896 tiles of [14336, 4096], two waves of 3·132 leave 104;
+//   - where a share is no less than what a block loads before it uses the first of it, 16 KB of packed bytes,
+//     or 8 KB with 32 tokens: it waits for memory once, and a smaller one would wait as long;
+//   - where a tile that had a block for itself is at least halved: handing in costs about one such wait, for
+//     trips to L2 with 0.5 to 2 KB. At [1024, 4096] 64 tiles of 32 KB become 128 shares.
 template <int Tiles>
 Line line_of(int64_t rows, int64_t columns, int64_t tokens, bool may_split) {
   const unsigned tiles = blocks_for(rows, kRows), chunks = std::max(1u, blocks_for(columns, kPiece * kWarps));
