@@ -1,16 +1,16 @@
-// Stream-K (arXiv:2301.03598): tiles of a product lie one behind the other on a line of chunks, and each
+// Stream-K (arXiv:2301.03598): the tiles of a product lie one behind the other on a line of chunks, and each
 // block has one stretch of it, which may begin and end inside of a tile.
 //
-//   tile      0           1           2           3          chunks 0 1 2 3 | 4 5 6 7 | 8 ...
-//   block     0 0 0 0 0 0 1 1 1 1 1 1 2 2 2 2 2 3 3 3 3 3    begin(1) = 6: tile 1 belongs to blocks 0 and 1
+//   chunk     0 1 2 3 4 5 6 7 8 9 10 11 ...
+//   tile      0 0 0 0 1 1 1 1 2 2 2  2  ...      four chunks each
+//   block     0 0 0 0 0 0 1 1 1 1 1  1  ...      six chunks each: tile 1 belongs to blocks 0 and 1
 //
-// Blocks that share a tile hand in their sums, and the one that is last adds all of them up, in the order of
-// block numbers: results depend on where the line is cut, not on who comes last.
+// Blocks that share a tile hand in their sums, and the one that is last adds all of them, in the order of
+// block numbers: results depend on where the line is cut, not on who comes last. No block waits for another.
 //
-//   counters  [blocks], zero before and after a launch: who has handed in. A tile's counter is that of its
-//             first block
-//   sums      fp32 [blocks, 2, tile]: a block shares at most two tiles with others, the one it ends in (0)
-//             and the one it begins in (1)
+//   counters  [blocks], zero before and after a launch: how many have handed in, at the tile's first block
+//   sums      fp32 [blocks, 2, tile], of any content: a block shares at most the tile it ends in, slot 0, and
+//             the tile it begins in, slot 1
 #pragma once
 
 #include "ptx/load_l2.cuh"
@@ -19,10 +19,10 @@ namespace inlay {
 namespace cuda {
 
 struct Line {
-  unsigned tiles, chunks;  // of the product, of a tile
+  unsigned chunks;  // of a tile
   unsigned blocks;
-  bool split;             // false: it is cut between tiles only
-  unsigned share, extra;  // chunks of a block, and the number of blocks that have a unit more
+  bool split;             // inside of tiles; false: it is cut between them only
+  unsigned share, extra;  // chunks of a block, and how many blocks have one more, or a tile more
 
   __device__ __forceinline__ unsigned begin(unsigned block) const {
     return block * share + (block < extra ? block : extra) * (split ? 1 : chunks);
@@ -34,10 +34,10 @@ struct Line {
   }
 };
 
-// Cuts a line into even stretches.
+// Cuts a line into even stretches; `blocks` is no more than there are chunks, or tiles.
 inline Line cut(unsigned tiles, unsigned chunks, unsigned blocks, bool split) {
   const unsigned units = split ? tiles * chunks : tiles, unit = split ? 1 : chunks;
-  return {tiles, chunks, blocks, split, units / blocks * unit, units % blocks};
+  return {chunks, blocks, split, units / blocks * unit, units % blocks};
 }
 
 // A block's part of one tile: chunks [first, end) of it.
@@ -45,8 +45,8 @@ struct Part {
   unsigned tile, first, end;
 };
 
-// A block's stretch. Its last tile comes first: that one and the next are those it may share, and others wait
-// for their sums while it is busy with the tiles that are its own.
+// A block's stretch. Its last tile comes first: that one and the next are the ones it may share, and their
+// sums are handed in and added up while tiles that are its own are still being read.
 struct Stretch {
   unsigned begin, end, first, last, chunks;  // tiles [first, last]
 
@@ -88,8 +88,7 @@ struct Handover {
   // Of the i-th of its blocks: the first one ends in this tile, the others begin in it.
   __device__ __forceinline__ float* of(unsigned i) const { return sums + (2 * i + (i ? 1 : 0)) * kSize; }
 
-  // True in the block that was last to hand in. All threads of the block have written their share of its
-  // sums.
+  // True in the block that was last to hand in. Each thread has written its part of the block's sums.
   __device__ __forceinline__ bool hand_in() const {
     INLAY_SHARED(int, is_last, 1);
     __threadfence();  // what this thread wrote comes before what the block adds to the counter

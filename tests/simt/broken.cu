@@ -13,6 +13,7 @@
 #include "launch.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/ldmatrix.cuh"
+#include "ptx/load_l2.cuh"
 #include "ptx/mma.cuh"
 
 namespace inlay {
@@ -216,6 +217,25 @@ __global__ void wrong_group(float* out, const float* in) {
   out[t] = tile[8 * t + t % 4] + tile[8 * t + 4 + t % 4];  // the first half is zeros
 }
 
+// Blocks hand in numbers, and the one that comes last adds them: that is not the one with the highest number.
+constexpr unsigned kBlocks = 8;
+__device__ float handed_in[kBlocks][kThreads];
+__device__ unsigned arrived;
+
+template <bool kBroken>
+__global__ void last_block(float* out, const float* in) {
+  INLAY_SHARED(int, is_last, 1);
+  const int t = int(threadIdx.x);
+  handed_in[blockIdx.x][t] = float(blockIdx.x + 1) * in[t];
+  __threadfence();
+  __syncthreads();
+  if (t == 0) is_last[0] = (kBroken ? blockIdx.x : atomicAdd(&arrived, 1u)) == kBlocks - 1;
+  __syncthreads();
+  if (!is_last[0]) return;
+  out[t] = 0;
+  for (unsigned b = 0; b < kBlocks; ++b) out[t] += load_l2(&handed_in[b][t]);
+}
+
 // --- what each must give
 // ------------------------------------------------------------------------------------------
 
@@ -225,6 +245,7 @@ struct Case {
   void (*kernel)(float*, const float*);
   size_t outputs;
   Wanted wanted;
+  unsigned blocks = 1;
 };
 
 float sum_of_warp(const std::vector<float>& in, int t) {
@@ -262,13 +283,15 @@ std::map<std::string, Case> cases() {
       {"loaded_fragments", {loaded_fragments<kBroken>, 128, product_at}},
       {"no_wait", {no_wait<kBroken>, 64, same}},
       {"wrong_group", {wrong_group<kBroken>, 64, same}},
+      {"last_block",
+       {last_block<kBroken>, 64, [](const auto& in, int t) { return 36 * in[size_t(t)]; }, kBlocks}},
   };
 }
 
 int run(const Case& that) {
   std::vector<float> in(kThreads), out(that.outputs, NAN);
   for (int i = 0; i < kThreads; ++i) in[size_t(i)] = float(i * i % 13 + i);
-  launch("broken", that.kernel, Grid{dim3(1), dim3(kThreads)}, out.data(), in.data());
+  launch("broken", that.kernel, Grid{dim3(that.blocks), dim3(kThreads)}, out.data(), in.data());
   for (size_t t = 0; t < that.outputs; ++t)
     if (!(out[t] == that.wanted(in, int(t)))) {
       std::printf("wrong at %zu: %g, wanted %g\n", t, double(out[t]), double(that.wanted(in, int(t))));
