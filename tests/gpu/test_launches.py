@@ -10,7 +10,7 @@ from inlay import _native, ops
 from inlay.ops import force_path
 from inlay.ops._registry import RAW_OPS
 from inlay.ops.quantize_blockwise import dequantize_4bit, quantize_4bit
-from inlay.ops.quantized_linear import quantized_linear
+from inlay.ops.quantized_linear import quantized_linear, split_scratch
 
 
 def _swiglu(gate, up):
@@ -64,6 +64,36 @@ def test_capture_and_replay(gpu):
     x.copy_(torch.randn(4, 256).bfloat16())
     graph.replay()
     assert_bits(captured.cpu(), step().cpu())
+
+
+def test_blocks_share_tiles_on_streams_and_in_graphs(gpu):
+    """Five tiles of 16 chunks: the same bits on every stream and at every replay, and counters that are zero again."""
+    dense = torch.randn(80, 8192, device=gpu) / 90
+    packed, absmax = quantize_4bit(dense, "nf4", 64)
+    exact = dequantize_4bit(packed, absmax, "nf4", 64, 80, 8192, torch.float32).double()
+    x = torch.randn(3, 8192, device=gpu).bfloat16()
+    used = []
+
+    def product():
+        used.append(split_scratch(x, 80)[0])
+        return quantized_linear(x, packed, absmax, None, None, None, "nf4", 64, 80)
+
+    first = product()
+    torch.cuda.synchronize()
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = product()
+    for _ in range(3):
+        with torch.cuda.stream(side):
+            beside = product()
+        graph.replay()
+        again = product()
+        torch.cuda.synchronize()
+        for got in (beside, captured, again):
+            assert_bits(got.cpu(), first.cpu())
+    wanted = x.double() @ exact.t()
+    assert float((first.double() - wanted).norm() / wanted.norm()) < 5e-3
+    assert len({counters.data_ptr() for counters in used}) == 3 and not any(bool(c.any()) for c in used)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

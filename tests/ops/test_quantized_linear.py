@@ -1,5 +1,7 @@
 """x·dequant(W)ᵀ and its input gradient against float64, on odd shapes and on every path."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from _compare import DTYPES, assert_bits, padded_rows, strided
@@ -17,6 +19,7 @@ from inlay.ops.quantized_linear import (
     quantized_linear,
     quantized_linear_backward_input,
     quantized_linear_small,
+    split_scratch,
     workspace,
 )
 
@@ -164,6 +167,34 @@ def test_workspace_is_bounded():
     forward(x, storage, None, "nf4", 64, 2048)
     quantized_linear_backward_input(torch.randn(20, 2048).bfloat16(), *storage, "nf4", 64, 2048)
     assert workspace(1, x).untyped_storage().nbytes() <= PANEL_BYTES
+
+
+def test_calls_at_the_same_time_have_their_own_counters(monkeypatch):
+    """A row for each stream, and for each graph and stream it is captured from; none is zeroed during a capture."""
+    work = [7, 0]  # stream and graph
+    engine = SimpleNamespace(current_work=lambda device: tuple(work))
+    monkeypatch.setattr("inlay.ops.quantized_linear.module", lambda: engine)
+    monkeypatch.setattr("inlay.ops.quantized_linear._scratch_sizes", lambda *_: (4, 100))
+    monkeypatch.setattr("inlay.ops.quantized_linear._counters", {})
+    monkeypatch.setattr("inlay.ops.quantized_linear._unused_counters", {})
+    monkeypatch.setattr("inlay.ops.quantized_linear.COUNTER_ROWS", 4)
+    x = SimpleNamespace(is_cuda=True, get_device=lambda: 0, shape=(3, 64), device=torch.device("cpu"))
+
+    def counters(stream, graph):
+        work[:] = stream, graph
+        found, sums = split_scratch(x, 24)
+        assert sums.shape == (100,) and sums.dtype == torch.float32
+        return found
+
+    assert counters(7, 1) is None  # the first call of all is captured
+    keys = (7, 0), (8, 0), (7, 1), (8, 1)
+    rows = [counters(*key) for key in keys]
+    assert all(row.shape == (4,) and row.dtype == torch.int64 and not row.any() for row in rows)
+    assert len({row.data_ptr() for row in rows}) == 4
+    assert counters(7, 2) is None  # all taken
+    assert counters(9, 0).data_ptr() not in {row.data_ptr() for row in rows}  # of the next four
+    assert all(counters(*key) is row for key, row in zip(keys, rows, strict=True))
+    assert split_scratch(torch.ones(3, 64), 24) == (None, None)
 
 
 def test_refuses_what_does_not_fit(path):

@@ -82,17 +82,17 @@ def split_scratch(x: Tensor, rows: int) -> tuple[Tensor | None, Tensor | None]:
     key = device, *module().current_work(device)
     counters = _counters.get(key)
     if counters is None:
-        counters = _new_counters(key, count)
+        counters = _new_counters(key, count, x.device)
     return counters, torch.empty(numbers, dtype=torch.float32, device=x.device)
 
 
-def _new_counters(key: tuple[int, int, int], count: int) -> Tensor | None:
+def _new_counters(key: tuple[int, int, int], count: int, where: torch.device) -> Tensor | None:
     """Zeros for a stream or a graph; None, so that tiles stay whole, where a graph is captured and none are left."""
     device, _, capture = key
     unused = _unused_counters.setdefault(device, [])
     if not unused and not capture:  # what is zeroed during a capture is zeroed at replays only
         # A copy from the host, unlike a kernel, is complete when it returns: any stream may use these.
-        unused.extend(torch.zeros(COUNTER_ROWS, count, dtype=torch.int64).to(torch.device("cuda", device)).unbind())
+        unused.extend(torch.zeros(COUNTER_ROWS, count, dtype=torch.int64).to(where).unbind())
     try:
         _counters[key] = unused.pop()
     except IndexError:  # also where another thread took the last one
