@@ -184,6 +184,7 @@ SMALL = " or ".join(
         ("test_dequantize_4bit_stack", "77-32"),
         ("test_adamw_bf16", "sizes0"),
         ("test_quantized_linear", "48-256"),
+        ("test_quantized_linear", "5-3648"),  # blocks share a tile
         ("test_quantized_lora_linear", "48-256"),
         ("test_cross_entropy", "113"),
     )
