@@ -53,6 +53,10 @@ def _submatrix_grad(dy: Tensor, x_sel: Tensor, **_: Any) -> int:
     return 2 * prod(dy.shape) * x_sel.shape[-1]
 
 
+def _lora_backward(dy: Tensor, xa: Tensor, *rest: Any, **_: Any) -> int:
+    return 4 * prod(dy.shape) * xa.shape[-1]
+
+
 def _quantized_small(x: Tensor, *rest: Any, **_: Any) -> int:
     return 2 * prod(x.shape) * int(rest[-1])
 
@@ -71,6 +75,7 @@ FORMULAS: dict[Any, Callable[..., float]] = {
     _aten.addmm_: _addmm,
     _inlay.causal_attention_backward: _own_backward,
     _inlay.submatrix_grad: _submatrix_grad,
+    _inlay.lora_backward: _lora_backward,
     _inlay.quantized_linear_small: _quantized_small,
 }
 
