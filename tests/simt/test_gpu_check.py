@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,9 +25,8 @@ def test_says_what_was_not_run_and_why(tmp_path):
     assert result.returncode == 0, result.stderr
     parts = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]
     assert {part["status"] for part in parts.values()} == {"not run"}
-    assert (
-        "no GPU visible to torch; selected: " in parts["tests"]["reason"] and "0 tests" not in parts["tests"]["reason"]
-    )
+    selected = re.fullmatch(r"no GPU visible to torch; selected: (\d+)/\d+ tests .*", parts["tests"]["reason"])
+    assert selected and int(selected[1]) > 100
     assert parts["ops"]["reason"] == "no GPU visible to torch" and parts["build"]["reason"] == "not asked for"
 
 
