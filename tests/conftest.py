@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import sys
 from pathlib import Path
 
@@ -20,3 +21,10 @@ def _same_seed():
 
 def pytest_collection_finish():
     gc.freeze()  # Trainer collects garbage after every run; going through all that torch made takes longer than the run
+
+
+@pytest.fixture
+def wide_sums(monkeypatch):
+    """Products summed as on a GPU, on CPU tensors."""
+    for name in ("base_products", "stacked_linear", "swiglu"):
+        monkeypatch.setattr(importlib.import_module(f"inlay.ops.{name}"), "wide_sums", lambda x: True)

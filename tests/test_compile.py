@@ -52,6 +52,11 @@ def test_one_graph_with_the_same_losses(method, base):
     assert_series(losses(compiled, step), wanted, rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_one_graph_where_products_are_summed_as_on_a_gpu(method, wide_sums):
+    test_one_graph_with_the_same_losses(method, "nf4")
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch's default backend compiles C++ on a CPU")
 def test_the_default_backend():
     plain, compiled = tuned("s2ft", "nf4"), tuned("s2ft", "nf4")

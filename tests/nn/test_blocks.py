@@ -65,6 +65,24 @@ def test_equal_the_eager_blocks(family, dtype):
                 assert_close(ours[2][name], gradient, atol=1e-5 * max(size, 1e-3), what=name)
 
 
+def test_a_cache_is_asked_as_the_module_asks_it():
+    """A paged cache reads and writes what the module hands it beside keys and values."""
+    from transformers import DynamicCache
+
+    class Recording(DynamicCache):
+        def update(self, key, value, layer, *args, **keywords):
+            asked.append((layer, args, {k: sorted(v) if isinstance(v, dict) else v for k, v in keywords.items()}))
+            return super().update(key, value, layer, *args, **keywords)
+
+    eager, seen = llama().eval(), []
+    for model in (eager, inlay.tune(copy.deepcopy(eager), inlay.S2FT(ratio=0.2)).eval()):
+        asked = []
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[5, 6, 7]]), past_key_values=Recording(), use_cache=True)
+        seen.append(asked)
+    assert seen[0] and seen[0] == seen[1]
+
+
 @pytest.mark.parametrize(
     "name, attention",
     [(name, how) for name in ("llama", "qwen3", "mistral") for how in ("eager", "sdpa")] + [("gemma2", "eager")],

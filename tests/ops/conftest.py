@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from pathlib import Path
 
@@ -32,13 +31,6 @@ def pytest_collection_modifyitems(items):
         return asked == "wide" and item.path.parent == here and item.path.stem not in LINEARS
 
     items[:] = [item for item in items if not same(item)]
-
-
-@pytest.fixture
-def wide_sums(monkeypatch):
-    """Products summed as on a GPU, on CPU tensors."""
-    for name in ("base_products", "stacked_linear", "swiglu"):
-        monkeypatch.setattr(importlib.import_module(f"inlay.ops.{name}"), "wide_sums", lambda x: True)
 
 
 @pytest.fixture(params=PATHS)

@@ -6,7 +6,7 @@ Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -102,8 +102,13 @@ class FourBit(Storage):
         first = bases[0]
         if decodes_in_registers(x, first.blocksize) or first.columns < 2:
             return None
-        alike = all(isinstance(b, FourBit) and replace(b, rows=first.rows) == first for b in bases)
+        alike = all(isinstance(base, FourBit) and base.format == first.format for base in bases)
         return FourBitStack(tuple(bases)) if alike else None
+
+    @property
+    def format(self) -> tuple[int, str, int, bool]:
+        """What weights share that can be dequantized below each other: all but their rows."""
+        return self.columns, self.quant_type, self.blocksize, self.double_quant
 
     def backward_input(self, dy: Tensor, *tensors: Tensor | None) -> Tensor:
         packed, absmax, codes, offset, _ = tensors

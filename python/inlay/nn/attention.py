@@ -32,6 +32,7 @@ class FusedAttention(Mixed):
     """Mixin of a rotary attention module with separate q, k, v and o projections."""
 
     inlay_attention_kwargs: dict[str, Any]
+    inlay_cache_takes_kwargs: bool  # a paged cache writes into them what the attention function is to read
     inlay_dropout: float
 
     def forward(
@@ -48,7 +49,8 @@ class FusedAttention(Mixed):
         query, key, value = rotated_qkv(self, hidden_states, cos, sin)
         cache = past_key_values if cache is None else cache
         if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+            with_kwargs = {"kwargs": kwargs} if self.inlay_cache_takes_kwargs else {}
+            key, value = cache.update(key, value, self.layer_idx, **with_kwargs)
         dropout = self.inlay_dropout if self.training else 0.0
         extra = {**self.inlay_attention_kwargs, **kwargs}
         if attention_mask is None and dropout == 0.0 and own_backward_pays(self, query, key, extra):
@@ -87,7 +89,7 @@ def rotated_qkv(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> tuple
 
 
 def attention_settings(module: nn.Module) -> dict[str, Any] | None:
-    """``inlay_attention_kwargs`` and ``inlay_dropout`` of a module that :class:`FusedAttention` computes, or None."""
+    """The settings of a module that :class:`FusedAttention` computes, or None."""
     if not all(isinstance(getattr(module, name, None), nn.Linear) for name in _PROJECTIONS):
         return None
     if not isinstance(getattr(module, "head_dim", None), int) or getattr(module, "config", None) is None:
@@ -98,6 +100,7 @@ def attention_settings(module: nn.Module) -> dict[str, Any] | None:
     if cache_name is None or not isinstance(getattr(module, "layer_idx", None), int):
         return None  # a cache under a name we do not know would be passed over, and decoding be wrong
     twin, x, embeddings = _twin(module)
+    cache = _Doubled()
     seen: dict[bool, dict[str, Any]] = {}
 
     def record(_: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any):
@@ -107,14 +110,14 @@ def attention_settings(module: nn.Module) -> dict[str, Any] | None:
 
     def ours() -> Tensor:
         query, key, value = rotated_qkv(twin, x, *embeddings)
-        key, value = _Doubled().update(key, value, twin.layer_idx)
+        key, value = cache.doubled(key, value, twin.layer_idx)
         if not all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(seen[False]["qkv"], (query, key, value))):
             raise ValueError("queries, keys or values differ")
         return twin.o_proj((query.transpose(1, 2) * 1.5).reshape(*x.shape[:-1], -1))
 
     def theirs(training: bool) -> Tensor:
         twin.training = training
-        past = {cache_name: _Doubled()}
+        past = {cache_name: cache}
         return twin(hidden_states=x, position_embeddings=embeddings, attention_mask=None, **past)[0]
 
     with registered_attention(_PROBE, record):
@@ -125,13 +128,27 @@ def attention_settings(module: nn.Module) -> dict[str, Any] | None:
     extra.pop("dropout", None)
     if not isinstance(dropout, float) or any(isinstance(value, Tensor) for value in extra.values()):
         return None  # a per-head sink or bias: not ours to pass on
-    return {"inlay_attention_kwargs": extra, "inlay_dropout": dropout}
+    if not cache.keywords <= {"kwargs"}:
+        return None
+    return {
+        "inlay_attention_kwargs": extra,
+        "inlay_cache_takes_kwargs": "kwargs" in cache.keywords,
+        "inlay_dropout": dropout,
+    }
 
 
 class _Doubled:
     """Stands in for a cache: what it hands back shows whether, and with what, it was asked."""
 
-    def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def __init__(self) -> None:
+        self.keywords: set[str] = set()  # of the module's calls
+
+    def update(self, key: Tensor, value: Tensor, layer: int, **keywords: Any) -> tuple[Tensor, Tensor]:
+        self.keywords |= set(keywords)
+        return self.doubled(key, value, layer)
+
+    @staticmethod
+    def doubled(key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         return key * (2.0 + layer), value * (3.0 + layer)
 
 

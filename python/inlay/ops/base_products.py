@@ -6,7 +6,7 @@ add_backward_input(dx, dy, *tensors)  optional: dx += dy · W in dx's memory
 cast(dtype, *tensors) -> tensors   optional: what autocast would do to these tensors
 forward_plus(x, left, right, *tensors)          optional: base(x) + left·rightᵀ, rounded once
 backward_input_plus(dy, left, right, *tensors)  optional: dy · W + left·right, rounded once
-stack_of(bases) -> stack, or None               optional: linears of one input as one product, see `Stack`
+stack_of(bases, x) -> stack, or None            optional: linears of one input as one product, see `Stack`
 forward_lora(x, A, B, s, *tensors) optional: base(x) + s·(x·Aᵀ)·Bᵀ in one op, or None where there is none
 out_in(*tensors) -> weight         optional: the weight as an [out, in] view, for the in-place form
 """

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from inlay._native import module
-from inlay.ops._registry import as_rows, fail, raw_op
+from inlay.ops._registry import as_rows, fail, in_plain_torch, raw_op
 from inlay.ops.base_products import product_onto
 from inlay.ops.quantize_blockwise import check_packed, dequantize_4bit_, dynamic_map, levels
 from inlay.ops.quantized_linear import workspace
@@ -172,13 +172,18 @@ def stack_forward(
 
 
 def side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
-    """[M, ΣN] over [M, N_i] that are neighbouring columns of one matrix, as swiglu_backward leaves them; or None."""
+    """[M, ΣN] over [M, N_i] that are neighbouring columns of one matrix, as swiglu_backward leaves them; or None.
+
+    None also while tracing, where nothing is known of where tensors lie.
+    """
     first = parts[0]
-    stride, at = first.stride(0), first.storage_offset()
+    if len(parts) == 1:
+        return first
+    if torch.compiler.is_compiling() or not in_plain_torch(parts):
+        return None
+    memory, stride, at = first.untyped_storage().data_ptr(), first.stride(0), first.storage_offset()
     for part in parts:
-        if part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
-            return None
-        if part.storage_offset() != at or part.stride() != (stride, 1):
+        if part.untyped_storage().data_ptr() != memory or part.storage_offset() != at or part.stride() != (stride, 1):
             return None
         at += part.shape[1]
     width = at - first.storage_offset()

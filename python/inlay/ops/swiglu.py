@@ -130,8 +130,9 @@ def swiglu_backward(
     check_same("swiglu_backward", "dh", dh, "gate", gate, shape=True)
     wide = compute_dtype(gate)
     dh_wide, gate_wide, up_wide = dh.to(wide), gate.to(wide), up.to(wide)
-    dgate = (dh_wide * up_wide * _activation_slope(gate_wide, act)).to(gate.dtype).contiguous()
-    dup = (dh_wide * _activate(gate_wide, act)).to(gate.dtype).contiguous()
+    dgate, dup = _empty_pair(gate)
+    dgate.copy_(dh_wide * up_wide * _activation_slope(gate_wide, act))
+    dup.copy_(dh_wide * _activate(gate_wide, act))
     if indices is None:
         return dgate, dup, gate.new_empty((*gate.shape[:-1], 0))
     check_indices("swiglu_backward", indices, gate)
