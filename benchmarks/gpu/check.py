@@ -123,7 +123,7 @@ def compile_commands(arch: str) -> dict[Path, list[str]]:
         *include,
     ]
     commands = {}
-    for source in sorted(ROOT.glob("csrc/*.cpp")):
+    for source in sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/entries/*.cpp")]):
         commands[source] = host
     for source in sorted(ROOT.glob("csrc/cpu/*.cpp")):
         commands[source] = [*host, "-DINLAY_ISA_NS=scalar", "-DINLAY_VEC_scalar"]
@@ -171,7 +171,8 @@ def build() -> dict[str, Any]:
 # --- tests ------------------------------------------------------------------------------------------------------------
 
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
-WHERE = ["tests/gpu", "tests/simt/test_kernels.py"]
+KERNELS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/simt/test_kernels_*.py"))
+WHERE = ["tests/gpu", *KERNELS]
 #: One kernel each of every kind, at shapes small enough for a tool that slows each access by a hundred.
 SMALL = " or ".join(
     f"({test} and {case})"
@@ -209,7 +210,7 @@ def sanitizer() -> dict[str, Any]:
         raise NotRun("no compute-sanitizer on PATH")
     result = {}
     for check in ("memcheck", "racecheck"):
-        command = [tool, "--tool", check, "--error-exitcode", "9", *PYTEST, "tests/simt/test_kernels.py", "-k", SMALL]
+        command = [tool, "--tool", check, "--error-exitcode", "9", *PYTEST, *KERNELS, "-k", SMALL]
         try:
             result[check] = run(command, 60).strip().splitlines()[-1]
         except RuntimeError as error:

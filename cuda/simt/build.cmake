@@ -3,8 +3,7 @@
 include(cuda/sources.cmake)
 list(TRANSFORM INLAY_CUDA_SOURCES PREPEND ${CMAKE_SOURCE_DIR}/)
 
-set(simt_shared csrc/bindings.cpp csrc/ops.cpp csrc/tensor.cpp csrc/threads.cpp cuda/simt/dispatch.cpp)
-add_library(simt_shared OBJECT ${simt_shared})
+add_library(simt_shared OBJECT ${INLAY_ENTRIES} cuda/simt/dispatch.cpp)
 target_include_directories(simt_shared PRIVATE csrc cuda)
 target_link_libraries(simt_shared PRIVATE pybind11::module)
 target_compile_definitions(simt_shared PRIVATE INLAY_COMPILER="host emulation")

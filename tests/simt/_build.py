@@ -17,7 +17,7 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "simt"
 TARGETS = {"plain": "simt_plain", "sanitized": "simt_sanitized", "broken": "simt_broken"}
-_SOURCES = ("CMakeLists.txt", "cuda/**/*", "csrc/*", "tests/simt/*.cu")
+_SOURCES = ("CMakeLists.txt", "cuda/**/*", "csrc/*", "csrc/entries/*", "tests/simt/*.cu")
 
 
 def _find(tool: str) -> str | None:

@@ -19,13 +19,9 @@ def _runtime() -> str | None:
     return found if os.path.isabs(found) else None
 
 
-#: Two halves, which two test processes run at the same time.
-HALVES = ("quantized", "not quantized")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("half", HALVES)
-def test_kernels_under_sanitizers(half):
+@pytest.mark.parametrize("file", [path.name for path in sorted(HERE.glob("test_kernels_*.py"))])
+def test_kernels_under_sanitizers(file):
     if build.missing():
         pytest.skip(build.missing())
     if _runtime() is None:
@@ -37,8 +33,7 @@ def test_kernels_under_sanitizers(half):
         "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch keep what they like
         "INLAY_SIMT_BUILD": "sanitized",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", half]
-    command += [str(HERE / "test_kernels.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / file)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-8000:]
     assert " passed" in result.stdout

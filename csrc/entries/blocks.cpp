@@ -1,0 +1,137 @@
+// What fused blocks and the loss are made of.
+#include "entries/entry.h"
+
+namespace inlay {
+
+namespace {
+
+void check_norm_weight(const char* op, const TensorView& weight, int64_t width) {
+  if (!weight.data && weight.ndim == 0) return;
+  check_float(op, "weight", weight);
+  check_vector(op, "weight", weight, width);
+}
+
+void check_act(const char* op, int64_t act) {
+  if (act < 0 || act > 2)
+    throw std::invalid_argument("inlay." + std::string(op) + ": act: wanted 0, 1 or 2, got " +
+                                std::to_string(act) + "; see ops.h");
+}
+
+}  // namespace
+
+void swiglu_forward(const TensorView& out, const TensorView& gate, const TensorView& up, int64_t act) {
+  constexpr const char* op = "swiglu_forward";
+  check_lead(op, "gate", gate);
+  check_like(op, "up", up, gate);
+  check_like(op, "out", out, gate);
+  check_act(op, act);
+  run(op, &KernelTable::swiglu_forward, out, gate, up, act);
+}
+
+void swiglu_backward(const TensorView& dgate, const TensorView& dup, const TensorView& h_sel,
+                     const TensorView& dh, const TensorView& gate, const TensorView& up,
+                     const TensorView& indices, int64_t act) {
+  constexpr const char* op = "swiglu_backward";
+  check_lead(op, "gate", gate);
+  check_like(op, "up", up, gate);
+  check_like(op, "dh", dh, gate);
+  check_like(op, "dgate", dgate, gate);
+  check_like(op, "dup", dup, gate);
+  check_indices(op, indices, gate.shape[1]);
+  check_dtype(op, "h_sel", h_sel, gate.dtype);
+  check_matrix(op, "h_sel", h_sel, gate.shape[0], indices.shape[0]);
+  check_act(op, act);
+  run(op, &KernelTable::swiglu_backward, dgate, dup, h_sel, dh, gate, up, indices, act);
+}
+
+void rms_norm_forward(const TensorView& y, const TensorView& rstd, const TensorView& x,
+                      const TensorView& weight, double eps, double offset) {
+  constexpr const char* op = "rms_norm_forward";
+  check_lead(op, "x", x);
+  check_like(op, "y", y, x);
+  check_dtype(op, "rstd", rstd, DType::f32);
+  check_vector(op, "rstd", rstd, x.shape[0]);
+  check_norm_weight(op, weight, x.shape[1]);
+  run(op, &KernelTable::rms_norm_forward, y, rstd, x, weight, eps, offset);
+}
+
+void rms_norm_backward(const TensorView& dx, const TensorView& dy, const TensorView& x,
+                       const TensorView& weight, const TensorView& rstd, double offset) {
+  constexpr const char* op = "rms_norm_backward";
+  check_lead(op, "x", x);
+  check_like(op, "dx", dx, x);
+  check_like(op, "dy", dy, x);
+  check_dtype(op, "rstd", rstd, DType::f32);
+  check_vector(op, "rstd", rstd, x.shape[0]);
+  check_norm_weight(op, weight, x.shape[1]);
+  run(op, &KernelTable::rms_norm_backward, dx, dy, x, weight, rstd, offset);
+}
+
+void rope_rotate(const TensorView& y, const TensorView& x, const TensorView& cos, const TensorView& sin,
+                 bool inverse) {
+  constexpr const char* op = "rope_rotate";
+  check_float(op, "x", x);
+  if (x.ndim != 4 || (x.shape[3] > 1 && x.strides[3] != 1))
+    fail(op, "x", "[B, H, T, D] with unit stride along D", x, "call .contiguous() first");
+  check_dtype(op, "y", y, x.dtype);
+  check_shape(op, "y", y, 4, x.shape);
+  check_float(op, "cos", cos);
+  if (cos.ndim != 3 || (cos.shape[0] != 1 && cos.shape[0] != x.shape[0]) || cos.shape[1] != x.shape[2] ||
+      cos.shape[2] > x.shape[3] || cos.shape[2] % 2 || (cos.shape[2] > 1 && cos.strides[2] != 1))
+    fail(op, "cos", "[B or 1, T, R] with R even and at most D", cos,
+         "pass the embeddings of these positions");
+  check_dtype(op, "sin", sin, cos.dtype);
+  check_shape(op, "sin", sin, 3, cos.shape);
+  if (sin.shape[2] > 1 && sin.strides[2] != 1)
+    fail(op, "sin", "unit inner stride", sin, "call .contiguous() first");
+  run(op, &KernelTable::rope_rotate, y, x, cos, sin, inverse);
+}
+
+void cross_entropy_chunk(const TensorView& loss, const TensorView& logits, const TensorView& labels,
+                         double scale, bool write_grad) {
+  constexpr const char* op = "cross_entropy_chunk_";
+  check_lead(op, "logits", logits);
+  check_dtype(op, "loss", loss, DType::f32);
+  check_vector(op, "loss", loss, logits.shape[0]);
+  check_dtype(op, "labels", labels, DType::i64);
+  check_vector(op, "labels", labels, logits.shape[0]);
+  const auto* values = static_cast<const int64_t*>(labels.data);
+  for (int64_t i = 0; labels.device == Device::cpu && i < labels.shape[0]; ++i)
+    if (values[i] < 0 || values[i] >= logits.shape[1])
+      throw std::out_of_range("inlay.cross_entropy_chunk_: labels: wanted values in [0, " +
+                              std::to_string(logits.shape[1]) + "), got " + std::to_string(values[i]) +
+                              "; drop ignored rows first");
+  run(op, &KernelTable::cross_entropy_chunk, loss, logits, labels, scale, write_grad);
+}
+
+void causal_attention_backward(const TensorView& dq, const TensorView& dk, const TensorView& dv,
+                               const TensorView& dout, const TensorView& q, const TensorView& k,
+                               const TensorView& v, const TensorView& out, const TensorView& lse,
+                               double scale) {
+  constexpr const char* op = "causal_attention_backward";
+  if (q.ndim != 4 || q.shape[3] % 32)
+    fail(op, "q", "[B, H, T, D], D a multiple of 32", q, "use the reference");
+  const int64_t kv[] = {q.shape[0], k.ndim == 4 ? k.shape[1] : 0, q.shape[2], q.shape[3]};
+  if (kv[1] < 1 || q.shape[1] % kv[1])
+    fail(op, "k", "[B, G, T, D] with H a multiple of G", k, "split the heads first");
+  const auto check = [&](const char* name, const TensorView& t, DType dtype, const int64_t* shape) {
+    check_dtype(op, name, t, dtype);
+    check_shape(op, name, t, 4, shape);
+    if (t.strides[3] != 1) fail(op, name, "unit stride along D", t, "call .contiguous() first");
+  };
+  check("q", q, DType::bf16, q.shape);
+  check("dq", dq, DType::bf16, q.shape);
+  check("dout", dout, DType::bf16, q.shape);
+  check("out", out, DType::bf16, q.shape);
+  check("k", k, DType::bf16, kv);
+  check("v", v, DType::bf16, kv);
+  check("dk", dk, DType::f32, q.shape);
+  check("dv", dv, DType::f32, q.shape);
+  check_dtype(op, "lse", lse, DType::f32);
+  check_shape(op, "lse", lse, 3, q.shape);
+  if (lse.shape[2] > 1 && lse.strides[2] != 1)
+    fail(op, "lse", "unit stride along T", lse, "call .contiguous() first");
+  run(op, &KernelTable::causal_attention_backward, dq, dk, dv, dout, q, k, v, out, lse, scale);
+}
+
+}  // namespace inlay
