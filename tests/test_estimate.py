@@ -188,6 +188,15 @@ def test_selection_needs_no_data():
     assert len({inlay.estimate(families.llama(), method, batch=1, seq=8).peak for method in strategies}) == 1
 
 
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_on_a_gpu_weights_of_one_input_are_dequantized_together(base):
+    """Four-bit gate and up are one panel; other storages are dequantized one by one."""
+    config = families.llama().config
+    found = inlay.estimate(config, METHODS["lora"], base=base, batch=1, seq=8, dtype=torch.bfloat16, device="cuda")
+    one = 2 * config.hidden_size * config.intermediate_size
+    assert found.at_peak["dequantized weight"] == (2 * one if base == "nf4" else one)
+
+
 def test_several_gpus():
     found = inlay.estimate(families.llama().config, METHODS["lora"], base="nf4", batch=1, seq=8, device="cuda")
     one, two, many = (per_gpu(found, gpus, "fsdp2") for gpus in (1, 2, 1000))

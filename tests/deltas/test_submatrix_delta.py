@@ -8,7 +8,7 @@ from comparing import assert_close, assert_equal
 from torch import nn
 
 from inlay.bases import base_of
-from inlay.deltas import InPlaceSubmatrixDelta, SubmatrixDelta
+from inlay.deltas import Delta, InPlaceSubmatrixDelta, SubmatrixDelta
 from inlay.deltas.submatrix import check_indices
 
 SIDES = ["in", "out"]
@@ -132,3 +132,12 @@ def test_indices_are_sorted_int64():
             check_indices(wrong, 24, "here")
     with pytest.raises(ValueError, match='wanted side "in" or "out"'):
         SubmatrixDelta(torch.zeros(3, 3), torch.tensor([0]), "left")
+
+
+def test_a_delta_that_lacks_a_method_cannot_be_made():
+    class Half(Delta):
+        def add_to(self, y, x):
+            return y
+
+    with pytest.raises(TypeError, match="abstract.*changes_anything.*weight_delta"):
+        Half(4, 3)

@@ -19,6 +19,7 @@ STACKS = {
     "lora": [("dense", 20, 4, False), ("dense", 12, 9, True), ("dense", 7, 1, False)],
     "mixed": [("nf4", 20, 4, True), ("conv1d", 12, 0, True), ("int8", 7, 3, False), ("nf4", 5, 0, False)],
     "nf4": [("nf4", 24, 8, False), ("nf4", 8, 8, True), ("nf4", 8, 8, False)],
+    "nf4, LoRA on one": [("nf4", 24, 0, False), ("nf4", 8, 3, False), ("nf4", 8, 0, True)],
     "alone": [("dense", 20, 4, True)],
 }
 

@@ -102,13 +102,13 @@ class FourBit(Storage):
         first = bases[0]
         if decodes_in_registers(x, first.blocksize) or first.columns < 2:
             return None
-        alike = all(isinstance(base, FourBit) and base.format == first.format for base in bases)
-        return FourBitStack(tuple(bases)) if alike else None
+        return FourBitStack(tuple(bases)) if FourBit.alike(bases) else None
 
-    @property
-    def format(self) -> tuple[int, str, int, bool]:
-        """What weights share that can be dequantized below each other: all but their rows."""
-        return self.columns, self.quant_type, self.blocksize, self.double_quant
+    @staticmethod
+    def alike(bases: Sequence[Any]) -> bool:
+        """True for four-bit weights that differ in nothing but their rows: they can be dequantized below each other."""
+        formats = {(b.columns, b.quant_type, b.blocksize, b.double_quant) for b in bases if isinstance(b, FourBit)}
+        return len(formats) == 1 and all(isinstance(base, FourBit) for base in bases)
 
     def backward_input(self, dy: Tensor, *tensors: Tensor | None) -> Tensor:
         packed, absmax, codes, offset, _ = tensors

@@ -7,6 +7,7 @@ reinterpreted as other dtypes, sharded by FSDP2, left alone by ``.half()`` and `
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +20,11 @@ from .linear import base_linear, is_conv1d, out_in_view
 
 
 @dataclass(frozen=True)
-class Storage:
+class Storage(ABC):
     """What a quantized weight ``[rows, columns]`` is stored as, and the products with it.
 
-    Subclasses define ``names`` (the tensors, in the order the products take them, before the bias), ``quantize``,
-    ``forward``, ``backward_input`` and ``dequantize``.
+    Subclasses define ``names`` (the tensors, in the order the products take them, before the bias) and every abstract
+    method; without one they cannot be made.
     """
 
     names: ClassVar[tuple[str, ...]] = ()
@@ -36,27 +37,29 @@ class Storage:
         """The options of a ``BaseConfig`` that this storage has."""
         return {}
 
+    @abstractmethod
     def quantize(self, weight: Tensor, where: str) -> tuple[Tensor | None, ...]:
         """The tensors of ``weight [rows, columns]``; ValueError naming ``where`` if it holds NaN or infinity."""
-        raise NotImplementedError(f"{type(self).__name__} must define quantize(weight, where)")
 
+    @abstractmethod
     def forward(self, x: Tensor, *tensors: Tensor | None) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} must define forward(x, *tensors)")
+        """``x·Wᵀ + bias``, ``[..., columns]`` to ``[..., rows]``."""
 
+    @abstractmethod
     def backward_input(self, dy: Tensor, *tensors: Tensor | None) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} must define backward_input(dy, *tensors)")
+        """``dy·W``, ``[..., rows]`` to ``[..., columns]``."""
 
+    @abstractmethod
     def dequantize(self, dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:
         """Dense ``[rows, columns]``."""
-        raise NotImplementedError(f"{type(self).__name__} must define dequantize(dtype, *tensors)")
 
+    @abstractmethod
     def zero_(self, dim: int, indices: Tensor, *tensors: Tensor | None) -> None:
         """Make the chosen rows (dim 0) or columns (dim 1) exactly 0, in place, leaving all other codes as they are."""
-        raise NotImplementedError(f"{type(self).__name__} must define zero_(dim, indices, *tensors)")
 
+    @abstractmethod
     def write_(self, dim: int, indices: Tensor, values: Tensor, *tensors: Tensor | None) -> None:
         """Undo :meth:`zero_`: write ``values``, as they were dequantized, into the chosen rows or columns."""
-        raise NotImplementedError(f"{type(self).__name__} must define write_(dim, indices, values, *tensors)")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from ..bases.quantized import Storage
 from ..ops.swiglu import swiglu
 
 
-class Delta(nn.Module):
+class Delta(nn.Module, ABC):
     """Trainable change ``ΔW [out, in]`` to one frozen base weight, in some parameterization.
 
     Trainables are ordinary fp32 ``nn.Parameter``s whose ``.grad`` has their own shape, so gradient
@@ -37,9 +38,9 @@ class Delta(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
 
+    @abstractmethod
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """``y + x·ΔWᵀ`` for ``x [..., in]``, ``y [..., out]``; saves only what its own gradient needs."""
-        raise NotImplementedError(f"{type(self).__name__} must define add_to(y, x)")
 
     def linear(self, x: Tensor, base: Any, *tensors: Tensor | None) -> Tensor:
         """``base(x) + x·ΔWᵀ``. Deltas override this where one fused op does both; same result."""
@@ -62,9 +63,9 @@ class Delta(nn.Module):
     def put_back(self, weight: Tensor) -> None:
         """Write what :meth:`prepare_base` took out into a dense copy ``[out, in]`` of the base weight."""
 
+    @abstractmethod
     def weight_delta(self) -> Tensor:
         """Dense ``ΔW [out, in]`` in fp32: for merging and tests."""
-        raise NotImplementedError(f"{type(self).__name__} must define weight_delta()")
 
     def merge_into(self, weight: Tensor) -> Tensor:
         """A merged copy of ``weight [out, in]`` in its own dtype: one rounding of the fp32 sum."""
@@ -75,9 +76,9 @@ class Delta(nn.Module):
         """``(A [r, in], B [out, r])`` with ``B·A == ΔW`` bit for bit, or None if there are none."""
         return None
 
+    @abstractmethod
     def changes_anything(self) -> bool:
         """False while ΔW is still zero."""
-        raise NotImplementedError(f"{type(self).__name__} must define changes_anything()")
 
     def tensors(self) -> dict[str, Tensor]:
         """What an adapter file stores of this delta, by key in the file."""

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bases import BaseConfig, QuantizedWeight
+from ..bases import BaseConfig, FourBit, QuantizedWeight
 from ..methods import Method
 from ..model import require_state
+from ..nn.attention import FusedAttention
+from ..nn.blocks import FusedGatedMLP
 from ..nn.partial import block_stacks
 from .report import Estimate
 from .scale import PerGPU, per_gpu
@@ -130,9 +132,17 @@ def _checkpoint(model: nn.Module) -> None:
 
 
 def _largest_panel(model: nn.Module) -> int:
-    """Bytes of the largest packed weight dequantized: on a GPU it is dequantized whole, into a workspace that stays."""
-    packed = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
-    return max((m.storage.rows * m.storage.columns * m.compute_dtype.itemsize for m in packed), default=0)
+    """Bytes of the largest dequantized panel: on a GPU a whole weight, or the four-bit ones of one input below each
+    other, in a workspace that stays."""
+    groups = [[module] for module in model.modules() if isinstance(module, QuantizedWeight)]
+    for block in model.modules():
+        if isinstance(block, FusedAttention | FusedGatedMLP):
+            linears = [getattr(block, name) for name in block.inlay_same_input]
+            storages = [linear.storage for linear in linears if isinstance(linear, QuantizedWeight)]
+            if len(storages) == len(linears) and FourBit.alike(storages):
+                groups.append(linears)
+    panels = [sum(m.storage.rows * m.storage.columns * m.compute_dtype.itemsize for m in group) for group in groups]
+    return max(panels, default=0)
 
 
 def _on_meta(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -23,7 +23,6 @@ from .probe import generator, same, shallow
 from .stack import linears_of
 
 _PROBE = "inlay_probe"
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 #: What transformers calls the argument for keys and values of earlier tokens: now, and before 5.24.
 _CACHE_NAMES = ("cache", "past_key_values")
 
@@ -31,6 +30,7 @@ _CACHE_NAMES = ("cache", "past_key_values")
 class FusedAttention(Mixed):
     """Mixin of a rotary attention module with separate q, k, v and o projections."""
 
+    inlay_same_input = ("q_proj", "k_proj", "v_proj")
     inlay_attention_kwargs: dict[str, Any]
     inlay_cache_takes_kwargs: bool  # a paged cache writes into them what the attention function is to read
     inlay_dropout: float
@@ -61,6 +61,9 @@ class FusedAttention(Mixed):
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
+_PROJECTIONS = (*FusedAttention.inlay_same_input, "o_proj")
+
+
 def own_backward_pays(module: nn.Module, query: Tensor, key: Tensor, extra: dict[str, Any]) -> bool:
     """True where SDPA was asked for, is plain causal, and has a faster backward here than torch's own.
 
@@ -79,7 +82,7 @@ def own_backward_pays(module: nn.Module, query: Tensor, key: Tensor, extra: dict
 def rotated_qkv(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values ``[B, heads, T, head_dim]`` of ``x [B, T, H]``, the first two rotated."""
     shape = (*x.shape[:-1], -1, module.head_dim)
-    projections = module.q_proj, module.k_proj, module.v_proj
+    projections = [getattr(module, name) for name in FusedAttention.inlay_same_input]
     # Apart: values are kept for the backward, queries and keys only after they are rotated.
     query, key, value = (y.view(shape) for y in linears_of(x, projections, apart=True))
     if hasattr(module, "q_norm"):

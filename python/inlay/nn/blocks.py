@@ -33,10 +33,11 @@ class FusedRMSNorm(Mixed):
 class FusedGatedMLP(Mixed):
     """Mixin of an MLP that computes ``down(act(gate(x)) * up(x))``."""
 
+    inlay_same_input = ("gate_proj", "up_proj")
     inlay_act: str
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = linears_of(x, (self.gate_proj, self.up_proj))
+        gate, up = linears_of(x, [getattr(self, name) for name in self.inlay_same_input])
         # TunedLinear, and the layers that integrations put on a linear
         if hasattr(type(self.down_proj), "forward_gated") and not self.down_proj.watched:
             return self.down_proj.forward_gated(gate, up, self.inlay_act)
