@@ -8,7 +8,7 @@ import pytest
 from families import BY_NAME, llama
 
 import inlay
-from inlay.coverage import coverage
+from inlay.coverage import coverage, tuned_line
 
 
 def test_rows_count_every_kind_of_weight(capsys):
@@ -37,3 +37,9 @@ def test_a_dense_model_gets_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         inlay.tune(llama(), inlay.S2FT(ratio=0.2))
+
+
+def test_one_line_counts_what_is_tuned():
+    model = BY_NAME["llama"].build()
+    tuned = inlay.tune(model, inlay.S2FT(ratio=0.2, exclude_modules=["layers.1.mlp.down_proj"]))
+    assert tuned_line(tuned) == "o_proj 2/2, down_proj 1/2"

@@ -7,7 +7,8 @@ from families import BY_NAME, llama
 from torch import nn
 
 import inlay
-from inlay.targets import layer_index, resolve, role_of
+from inlay.roles import role_by_name, roles
+from inlay.targets import layer_index, resolve
 
 DEFAULTS = {
     "llama": ["self_attn.o_proj", "mlp.down_proj"],
@@ -21,11 +22,12 @@ DEFAULTS = {
 
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_default_targets_by_the_familys_own_names(name):
-    names = resolve(BY_NAME[name].build(), None)
+    model = BY_NAME[name].build()
+    names = resolve(model, None)
     assert len(names) == 2 * len(DEFAULTS[name]) == BY_NAME[name].targets
     for ending in DEFAULTS[name]:
         assert sum(n.endswith(f".{ending}") or n.endswith(ending) for n in names) >= 2
-    assert {role_of(n) for n in names} <= {"o_proj", "down_proj"}
+    assert set(names) == set(roles(model))
 
 
 def test_default_targets_of_t5():
@@ -50,7 +52,7 @@ def test_default_targets_of_t5():
     ],
 )
 def test_roles(name, role):
-    assert role_of(name) == role
+    assert role_by_name(name) == role
 
 
 def test_all_linear_leaves_the_head_out_and_takes_conv1d():

@@ -75,6 +75,15 @@ def coverage_table(model: nn.Module) -> str:
     return "\n".join(lines)
 
 
+def tuned_line(model: nn.Module) -> str:
+    """What is tuned, in one line: ``o_proj 30/30, down_proj 30/30``, of each kind how many of how many."""
+    counts: dict[str, list[int]] = {}
+    for row in coverage(model):
+        held = counts.setdefault(row.name, [0, 0])
+        held[0], held[1] = held[0] + row.tuned, held[1] + row.count
+    return ", ".join(f"{name} {tuned}/{count}" for name, (tuned, count) in counts.items() if tuned)
+
+
 def warn_about_experts(model: nn.Module) -> None:
     """Say once, at ``tune``, that a mixture's experts are left alone."""
     experts = expert_weights(model)

@@ -12,32 +12,13 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from .bases.linear import is_conv1d
-
-#: What other families call a Llama block's linears, as name suffixes. ``attention.output.dense`` must not be taken
-#: for the FFN's ``output.dense``, hence the regular expressions.
-ROLE_PATTERNS: dict[str, str] = {
-    "o_proj": r"(?:.*\.)?(?:o_proj|out_proj|attn\.c_proj|attention\.output\.dense|SelfAttention\.o|EncDecAttention\.o)",
-    "down_proj": r"(?:.*\.)?(?:down_proj|mlp\.c_proj|fc2|DenseReluDense\.wo|(?<!attention\.)output\.dense)",
-}
+from .bases.linear import is_linear
+from .roles import ROLES, roles
 
 #: Roles whose input channels are the structures S²FT selects; every other linear is tuned by output channels.
-INPUT_SIDE_ROLES = ("o_proj", "down_proj")
+INPUT_SIDE_ROLES = ROLES
 
 _LAYER_INDEX = re.compile(r"\.(\d+)\.")
-
-
-def is_linear(module: nn.Module) -> bool:
-    """True for ``nn.Linear`` and its subclasses, and transformers' Conv1D."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def role_of(name: str) -> str | None:
-    """Either "o_proj" or "down_proj" if the module plays that role in its family, else None."""
-    for role, pattern in ROLE_PATTERNS.items():
-        if re.fullmatch(pattern, name):
-            return role
-    return None
 
 
 def layer_index(name: str) -> int | None:
@@ -74,8 +55,13 @@ def resolve(
     """
     candidates = linears(model)
     if target_modules is None:
-        names = [name for name in candidates if role_of(name) in defaults]
+        names = [name for name, role in roles(model).items() if role in defaults]
         wanted = f"the defaults {tuple(defaults)}"
+        if not names:
+            raise ValueError(
+                f"{wanted} matched no linear of this {type(model).__name__}: none is an attention output or FFN down "
+                f"projection by its place in a block; pass target_modules; {_what_exists(candidates)}"
+            )
     elif target_modules == "all-linear":
         heads = output_head_names(model)
         names = [name for name in candidates if name not in heads]
@@ -89,7 +75,7 @@ def resolve(
                 f"did you mean the list [{target_modules!r}]?"
             )
     else:
-        names = _match_list(candidates, target_modules)
+        names = _match_list(model, candidates, target_modules)
         wanted = f"target_modules={list(target_modules)}"
     if not names:
         raise ValueError(f"{wanted} matched no linear of this {type(model).__name__}; {_what_exists(candidates)}")
@@ -132,14 +118,14 @@ def suffix_match(name: str, entry: str) -> bool:
     return name == entry or name.endswith("." + entry)
 
 
-def _match_list(candidates: Iterable[str], entries: Sequence[str]) -> list[str]:
+def _match_list(model: nn.Module, candidates: Iterable[str], entries: Sequence[str]) -> list[str]:
     """Names matched by any entry. Entries named as a role also match the family's own name for that role."""
     names = list(candidates)
     matched: dict[str, None] = {}
     for entry in entries:
         hits = [n for n in names if suffix_match(n, entry)]
-        if not hits and entry in ROLE_PATTERNS:
-            hits = [n for n in names if role_of(n) == entry]
+        if not hits and entry in ROLES:
+            hits = [n for n, role in roles(model).items() if role == entry]
         if not hits:
             raise ValueError(f"target {entry!r} matched no linear; {_what_exists(names, entry)}")
         matched.update(dict.fromkeys(hits))

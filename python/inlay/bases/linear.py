@@ -53,6 +53,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
 
 
+def is_linear(module: nn.Module) -> bool:
+    """True for ``nn.Linear`` and its subclasses, and transformers' Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
 def out_in_view(module: nn.Module) -> Tensor:
     """The dense weight of a linear as ``[out, in]``, a detached view."""
     weight = module.weight.detach()

@@ -3,51 +3,73 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
-from ..targets import role_of
+#: Where attention modules, and configs, keep the width of one head.
+_HEAD_WIDTHS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_kv")
+#: The same under multi-head latent attention, whose queries and keys are wider than its values.
+_VALUE_WIDTHS, _QUERY_WIDTHS = ("v_head_dim",), ("qk_head_dim",)
+_QUERY_OR_KEY = re.compile(r"(?:.*\.)?(?:[qk]_proj|q_b_proj|query|key|SelfAttention\.[qk]|EncDecAttention\.[qk])")
+_VALUE = re.compile(r"(?:.*\.)?(?:v_proj|value|SelfAttention\.v|EncDecAttention\.v)")
+_ATTENTION = re.compile(r"attn|attention", re.I)
 
-#: Where attention modules keep the width of one head.
-_HEAD_ATTRIBUTES = ("head_dim", "attention_head_size", "key_value_proj_dim", "d_kv")
-_QKV = re.compile(r"(?:.*\.)?(?:[qkv]_proj|query|key|value|SelfAttention\.[qkv]|EncDecAttention\.[qkv])")
 
-
-def head_dim_of(model: nn.Module, name: str, channels: int) -> int | None:
+def head_dim_of(model: nn.Module, name: str, role: str | None, channels: int) -> int | None:
     """Channels per head of the attention linear ``name``, or None if it is no attention linear.
 
     An o_proj has query heads on its input side; k_proj and v_proj have key/value heads on their output side: all of
-    the same width, so that grouped-query attention needs no special case.
+    the same width, so that grouped-query attention needs no special case. Under multi-head latent attention the heads
+    of o_proj and v_proj are ``v_head_dim`` wide, those of queries and keys ``qk_head_dim``.
+
+    Args:
+        role: what :func:`inlay.roles.roles` says of the linear.
 
     Raises:
         ValueError: the width found does not divide ``channels``.
     """
-    if role_of(name) != "o_proj" and not _QKV.fullmatch(name):
+    if role == "o_proj" or _VALUE.fullmatch(name):
+        keys = (*_VALUE_WIDTHS, *_HEAD_WIDTHS)
+    elif _QUERY_OR_KEY.fullmatch(name):
+        keys = (*_QUERY_WIDTHS, *_HEAD_WIDTHS)
+    else:
         return None
-    width = _from_ancestors(model, name) or _from_config(model)
-    if width is None:
-        return None
-    if channels % width:
+    width = _head_width(model, name, keys)
+    if width is not None and channels % width:
         raise ValueError(f"{name}: {channels} channels are not whole heads of {width}; pass granularity=1")
     return width
 
 
-def _from_ancestors(model: nn.Module, name: str) -> int | None:
-    """The nearest enclosing modules, or a child of theirs (BERT keeps it in ``attention.self``), know the width."""
+def _head_width(model: nn.Module, name: str, keys: tuple[str, ...]) -> int | None:
+    """What the nearest enclosing modules, or a child of theirs (BERT keeps it in ``attention.self``), say; else, for
+    linears of attention, what a config says."""
+    holders = list(_holders(model, name))
+    for holder in holders:
+        if (width := _first(holder, keys)) is not None:
+            return width
+    if not _ATTENTION.search(name.rpartition(".")[0]):
+        return None
+    configs = [config for holder in (*holders, model) if (config := getattr(holder, "config", None)) is not None]
+    return next((width for config in configs if (width := _from_config(config, keys)) is not None), None)
+
+
+def _holders(model: nn.Module, name: str) -> Iterator[nn.Module]:
     parts = name.split(".")
     for depth in range(len(parts) - 1, max(len(parts) - 4, 0), -1):
-        ancestor = model.get_submodule(".".join(parts[:depth]))
-        for module in (ancestor, *ancestor.children()):
-            for attribute in _HEAD_ATTRIBUTES:
-                if isinstance(width := getattr(module, attribute, None), int):
-                    return width
-    return None
+        path = ".".join(parts[:depth])
+        yield (ancestor := model.get_submodule(path))
+        if _ATTENTION.search(path):  # a block's other children are no concern of this one
+            yield from ancestor.children()
 
 
-def _from_config(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
-    for attribute in _HEAD_ATTRIBUTES:
-        if isinstance(width := getattr(config, attribute, None), int):
-            return width
+def _first(holder: Any, keys: tuple[str, ...]) -> int | None:
+    return next((width for key in keys if isinstance(width := getattr(holder, key, None), int) and width > 0), None)
+
+
+def _from_config(config: Any, keys: tuple[str, ...]) -> int | None:
+    if (width := _first(config, keys)) is not None:
+        return width
     hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
-    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) else None
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None

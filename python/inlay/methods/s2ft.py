@@ -6,6 +6,7 @@ NeurIPS 2024.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from ..bases.linear import out_in_view
 from ..deltas import Delta, ExactSubmatrixDelta, InPlaceSubmatrixDelta, SubmatrixDelta
 from ..deltas.submatrix import Side
+from ..roles import ROLES, role_by_name, roles, widths
 from ..select import activation_scores, expand_groups, gradient_scores, pick_groups, random_groups, weight_scores
-from ..targets import INPUT_SIDE_ROLES, resolve, role_of, suffix_match
+from ..targets import INPUT_SIDE_ROLES, resolve, suffix_match
 from .base import Calibration, Method, check_one_of
 from .heads import head_dim_of
 
@@ -78,20 +80,23 @@ class S2FT(Method):
             exclude_modules=self.exclude_modules,
             layers_to_transform=self.layers_to_transform,
         )
-        chosen = self.choose(model, names, calibration)
-        return {name: partial(self._build, indices=chosen[name], where=name) for name in names}
+        if self.target_modules is None:
+            warn_about_missing_role(model, names)
+        chosen, sides = self.choose(model, names, calibration), self.sides(model, names)
+        return {name: partial(self._build, indices=chosen[name], side=sides[name], where=name) for name in names}
 
     def choose(self, model: nn.Module, names: list[str], calibration: Calibration | None) -> dict[str, Tensor]:
         """The channels to train of each named linear, sorted int64."""
+        played = roles(model)
         for option in ("ratio", "channels", "side", "granularity"):
-            _check_suffixes(option, getattr(self, option), names)
-        sides = {name: self.side_of(name) for name in names}
+            _check_suffixes(option, getattr(self, option), names, played)
+        sides = self.sides(model, names)
         scores = self._scores(model, sides, calibration)
         chosen = {}
         for name in names:
-            total = _channels(model.get_submodule(name), sides[name])
-            size = self._granularity(model, name, total)
-            count = self._count(name, total, size)
+            total, role = _channels(model.get_submodule(name), sides[name]), played.get(name)
+            size = self._granularity(model, name, role, total)
+            count = self._count(name, role, total, size)
             if scores is None:
                 groups = random_groups(total // size, count, self.seed, name)
             else:
@@ -104,15 +109,21 @@ class S2FT(Method):
     def without_data(self) -> Method:
         return replace(self, strategy="random")
 
-    def side_of(self, name: str) -> Side:
-        """Whether ``name`` trains input or output channels."""
-        side = _for_target(self.side, name, "side", "auto")
-        return side if side != "auto" else ("in" if role_of(name) in INPUT_SIDE_ROLES else "out")
+    def sides(self, model: nn.Module, names: Sequence[str]) -> dict[str, Side]:
+        """Whether each named linear trains input or output channels."""
+        played = roles(model)
+        return {name: self._side_of(name, played.get(name)) for name in names}
+
+    def _side_of(self, name: str, role: str | None) -> Side:
+        side = _for_target(self.side, name, role, "side", "auto")
+        return side if side != "auto" else ("in" if role in INPUT_SIDE_ROLES else "out")
 
     def restore(self, module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Delta:
         if "s2ft_indices" not in tensors:
             raise ValueError(f"{where}: wanted s2ft_indices, got {sorted(tensors)}; the file is incomplete")
-        return self._build(module, indices=tensors["s2ft_indices"], where=where).load(tensors, where)
+        indices = tensors["s2ft_indices"]
+        side = _side_of_values(module, tensors) or self._side_of(where, role_by_name(where))
+        return self._build(module, indices=indices, side=side, where=where).load(tensors, where)
 
     @classmethod
     def combine(
@@ -123,12 +134,12 @@ class S2FT(Method):
         sides = {name: delta.side for name, delta in deltas.items() if isinstance(delta, SubmatrixDelta)}
         return replace(first, target_modules=sorted(deltas), side=sides), deltas
 
-    def _build(self, module: nn.Module, *, indices: Tensor, where: str) -> Delta:
+    def _build(self, module: nn.Module, *, indices: Tensor, side: Side, where: str) -> Delta:
         if self.keep == "exact":
             delta = ExactSubmatrixDelta
         else:
             delta = InPlaceSubmatrixDelta if self.update == "in_place" else SubmatrixDelta
-        return delta(out_in_view(module), indices, self.side_of(where), where)
+        return delta(out_in_view(module), indices, side, where)
 
     def _scores(
         self, model: nn.Module, sides: Mapping[str, str], calibration: Calibration | None
@@ -145,29 +156,58 @@ class S2FT(Method):
             scores[name] = by_weight * activation.get(name, 1.0)
         return scores
 
-    def _granularity(self, model: nn.Module, name: str, total: int) -> int:
-        size = _for_target(self.granularity, name, "granularity", "auto")
+    def _granularity(self, model: nn.Module, name: str, role: str | None, total: int) -> int:
+        size = _for_target(self.granularity, name, role, "granularity", "auto")
         if size == "auto":
-            size = head_dim_of(model, name, total) or 1
+            size = head_dim_of(model, name, role, total) or 1
         if not isinstance(size, int) or size < 1 or total % size:
             raise ValueError(f"{name}: granularity must divide its {total} channels, got {size}")
         return size
 
-    def _count(self, name: str, total: int, size: int) -> int:
+    def _count(self, name: str, role: str | None, total: int, size: int) -> int:
         """How many groups of ``size`` channels to take."""
         if self.channels is None:
-            ratio = _for_target(self.ratio, name, "ratio", None)
+            ratio = _for_target(self.ratio, name, role, "ratio", None)
             return max(1, round(ratio * (total // size)))
-        channels = _for_target(self.channels, name, "channels", None)
+        channels = _for_target(self.channels, name, role, "channels", None)
         if not 0 < channels <= total or channels % size:
             raise ValueError(f"{name}: channels must be a multiple of {size} in [{size}, {total}], got {channels}")
         return channels // size
 
 
-def _check_suffixes(what: str, option: Any, names: list[str]) -> None:
+def warn_about_missing_role(model: nn.Module, names: Sequence[str]) -> None:
+    """Say so where the default targets found only one of the two roles."""
+    played = roles(model)
+    missing = [role for role in ROLES if not any(played.get(name) == role for name in names)]
+    for role in missing:
+        what = {"o_proj": "attention output", "down_proj": "FFN down projection"}[role]
+        warnings.warn(
+            f"S2FT: found no {what} among the linears of this {type(model).__name__}, so only "
+            f"{sorted({name.rpartition('.')[2] for name in names})} are tuned; name others in target_modules",
+            stacklevel=4,
+        )
+
+
+def _side_of_values(module: nn.Module, tensors: Mapping[str, Tensor]) -> Side | None:
+    """The side that stored values were trained on, by their shape; None for every channel of a square weight, where
+    both mean the same, and for values of a wrong shape."""
+    in_features, out_features = widths(module)
+    values, count = tensors.get("s2ft_values"), tensors["s2ft_indices"].numel()
+    shape = None if values is None else tuple(values.shape)
+    fits: list[Side] = [side for side, like in _VALUE_SHAPES.items() if shape == like(out_features, in_features, count)]
+    return fits[0] if len(fits) == 1 else None
+
+
+_VALUE_SHAPES: dict[Side, Callable[[int, int, int], tuple[int, int]]] = {
+    "in": lambda out_features, in_features, count: (out_features, count),
+    "out": lambda out_features, in_features, count: (count, in_features),
+}
+
+
+def _check_suffixes(what: str, option: Any, names: list[str], played: Mapping[str, str]) -> None:
     """Raise ValueError if a dict's entry speaks of no tuned linear: it would silently do nothing."""
     for suffix in option if isinstance(option, dict) else ():
-        if not any(_speaks_of(suffix, name) for name in names):
+        if not any(_speaks_of(suffix, name, played.get(name)) for name in names):
             leaves = sorted({name.rpartition(".")[2] for name in names})
             raise ValueError(f"{what}: {suffix!r} is no tuned linear; they end in {leaves}; remove the entry")
 
@@ -177,16 +217,16 @@ def _values(option: Any) -> list[Any]:
     return list(option.values()) if isinstance(option, dict) else [option]
 
 
-def _speaks_of(suffix: str, name: str) -> bool:
-    return suffix_match(name, suffix) or role_of(name) == suffix
+def _speaks_of(suffix: str, name: str, role: str | None) -> bool:
+    return suffix_match(name, suffix) or role == suffix
 
 
-def _for_target(option: Any, name: str, what: str, default: Any) -> Any:
+def _for_target(option: Any, name: str, role: str | None, what: str, default: Any) -> Any:
     """``option`` itself, or its entry whose suffix (or role) matches ``name``."""
     if not isinstance(option, dict):
         return option
     for suffix, value in option.items():
-        if _speaks_of(suffix, name):
+        if _speaks_of(suffix, name, role):
             return value
     if default is None:
         raise ValueError(f"{what}={option} says nothing for {name}; add an entry for its suffix")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 
+from ..coverage import tuned_line
 from ..data import Collator, TrainingData, check_samples_stay_apart, prepare, show_mask
 from ..data.formats import RecordSource
 from ..model import state_of
@@ -194,6 +195,7 @@ def _announce(
     print(f"inlay: first sample, supervised parts in [[ ]]:\n{show_mask(tokenizer, data[0])}")
     whole = train_on_inputs or data.report.format == "text"
     print(f"inlay: loss on {'every token' if whole else 'completions only'}, {_loss_in_force(model)}")
+    print(f"inlay: tuned: {tuned_line(model)}")
     model.print_trainable_parameters()
 
 

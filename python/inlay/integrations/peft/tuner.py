@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...adapters.load import check_sample
 from ...bases.quantized import QuantizedLinear
+from ...deltas.submatrix import Side
 from ...model import sample_weights
 from ...nn.blocks import install_blocks
 from ...nn.mixed import unmix
@@ -31,7 +32,7 @@ class S2FTModel(BaseTuner):
     tuner_layer_cls = S2FTLinear
     target_module_mapping: dict[str, list[str]] = {}  # defaults depend on the model's modules, see _prepare_model
 
-    chosen: tuple[S2FTConfig, dict[str, Tensor]] | None = None
+    chosen: tuple[S2FTConfig, dict[str, tuple[Tensor, Side]]] | None = None
     call_watch: Any = None
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -71,7 +72,7 @@ class S2FTModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        indices, side = self._indices_of(peft_config, current_key), peft_config.method.side_of(current_key)
+        indices, side = self._channels_of(peft_config, current_key)
         if isinstance(target, S2FTLinear):
             layer = target
             layer.update_layer(adapter_name, indices, side, current_key, peft_config.inference_mode)
@@ -84,13 +85,14 @@ class S2FTModel(BaseTuner):
         if peft_config.loaded and needs_data(peft_config):
             layer.s2ft_unloaded[adapter_name] = True
 
-    def _indices_of(self, config: S2FTConfig, key: str) -> Tensor:
-        """The channels of the target ``key``, chosen together with those of all others at the first of them."""
+    def _channels_of(self, config: S2FTConfig, key: str) -> tuple[Tensor, Side]:
+        """The channels of the target ``key``, chosen together with those of all others at the first of them, and their
+        side."""
         if self.chosen is None or self.chosen[0] is not config or key not in self.chosen[1]:
             self.chosen = config, self._choose(config, key)
         return self.chosen[1][key]
 
-    def _choose(self, config: S2FTConfig, key: str) -> dict[str, Tensor]:
+    def _choose(self, config: S2FTConfig, key: str) -> dict[str, tuple[Tensor, Side]]:
         method = config.method
         if config.loaded and needs_data(config):
             method = dataclasses.replace(method, strategy="random")  # of the right size, until the file is read
@@ -100,7 +102,8 @@ class S2FTModel(BaseTuner):
             for name in names:
                 check_target(self.model, name)
             recognize_base(self.model, config, names)
-            return method.choose(self.model, names, config.held_calibration)
+            indices, sides = method.choose(self.model, names, config.held_calibration), method.sides(self.model, names)
+        return {name: (indices[name], sides[name]) for name in names}
 
     def _check_target(self, config: S2FTConfig, name: str) -> bool:
         return bool(self._check_target_module_exists(config, name))
