@@ -117,7 +117,10 @@ def test_linears_of_other_libraries():
 
     model = Two()
     model.first = Odd(8, 8)
-    refused(model, r"first: Odd may not compute x·Wᵀ; tune plain nn.Linear or Conv1D")
+    method = inlay.S2FT(target_modules=["first", "second"])
+    refused(model, r"first: Odd is a linear by class and computes something else .*add it to exclude", method=method)
+    inlay.tune(model, inlay.LoRA(r=2, target_modules="all-linear"))  # which leaves it out
+    assert type(model.first) is Odd
 
 
 # --- parents that do not call their linears -------------------------------------------------------------

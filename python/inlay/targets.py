@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from .bases.linear import is_linear
+from .bases.linear import computes_linear, is_linear
 from .roles import ROLES, roles
 
 #: Roles whose input channels are the structures S²FT selects; every other linear is tuned by output channels.
@@ -64,7 +64,7 @@ def resolve(
             )
     elif target_modules == "all-linear":
         heads = output_head_names(model)
-        names = [name for name in candidates if name not in heads]
+        names = [name for name, module in candidates.items() if name not in heads and computes_linear(module)]
         wanted = '"all-linear"'
     elif isinstance(target_modules, str):
         names = [name for name in candidates if _matches(target_modules, name)]

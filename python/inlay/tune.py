@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .bases import BaseConfig, QuantizedWeight, convert_model
+from .bases.linear import computes_linear
 from .coverage import warn_about_experts
 from .deltas import Delta
 from .methods import Calibration, Method
@@ -168,8 +169,11 @@ def check_tunable(model: nn.Module, name: str, loaded: bool = True) -> None:
             f"{name}: wanted a weight of float32, bfloat16, float16 or float64, got {weight.dtype} "
             f"({type(module).__name__}); this base was quantized by another library: load the dense model"
         )
-    if type(module).__module__.split(".")[0] not in ("torch", "transformers") and type(module) is not nn.Linear:
-        raise ValueError(f"{name}: {type(module).__name__} may not compute x·Wᵀ; tune plain nn.Linear or Conv1D")
+    if not computes_linear(module):
+        raise ValueError(
+            f"{name}: {type(module).__name__} is a linear by class and computes something else than x·Wᵀ + b; add it "
+            "to exclude_modules"
+        )
     _check_parent(model, name)
     _check_shared(model, name, module)
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..targets import linears, output_head_names, suffix_match
-from .linear import is_conv1d
+from .linear import computes_linear, is_conv1d
 from .quantized import STORAGES, QuantizedLinear, QuantizedWeight, Storage
 
 
@@ -61,14 +61,18 @@ class BaseConfig:
         return None if skipped else self.base
 
     def names(self, model: nn.Module) -> dict[str, str]:
-        """Base by name of every linear of ``model`` to quantize. ValueError if an override or a skip names none."""
+        """Base by name of every linear of ``model`` to quantize. ValueError if an override or a skip names none.
+
+        Linears that compute something else than ``x·Wᵀ`` (some routers) stay dense.
+        """
         found = linears(model)
         for suffix in (*self.overrides, *(self.skip_modules or ())):
             if not any(suffix_match(name, suffix) for name in found):
                 raise ValueError(f"skip_modules or overrides name {suffix!r}, which no linear of this model ends in")
         heads = output_head_names(model) if self.skip_modules is None else set()
         heads = {head for head in heads if not any(suffix_match(head, suffix) for suffix in self.overrides)}
-        chosen = {name: self.base_of(name) for name in found if name not in heads}
+        odd = {name for name, module in found.items() if not computes_linear(module)}
+        chosen = {name: self.base_of(name) for name in found if name not in heads | odd}
         return {name: base for name, base in chosen.items() if base is not None}
 
     def to_dict(self) -> dict[str, Any]:

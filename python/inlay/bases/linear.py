@@ -10,6 +10,7 @@ A *base* is a class with two static methods and no state, so that any autograd f
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -56,6 +57,39 @@ def is_conv1d(module: nn.Module) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """True for ``nn.Linear`` and its subclasses, and transformers' Conv1D."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def computes_linear(module: nn.Module) -> bool:
+    """True if a linear computes ``x·Wᵀ + b``: it has nn.Linear's own forward, or one that is proven the same.
+
+    Some routers, heads and grouped projections are subclasses of nn.Linear and compute something else.
+    """
+    if is_conv1d(module) or type(module).forward is nn.Linear.forward or hasattr(type(module), "inlay_linear"):
+        return True
+    return type(module).__module__.startswith("bitsandbytes.") or _proven(module)
+
+
+def _proven(module: nn.Module) -> bool:
+    """Run the forward of a subclass on small random weights, over magnitudes, in train and eval mode."""
+    random = torch.Generator().manual_seed(20260102)
+    like: Any = {"generator": random, "device": "cpu", "dtype": torch.float32}  # a loading model sets other defaults
+    twin = copy.copy(module)
+    weight, bias = torch.randn(5, 3, **like), torch.randn(5, **like)
+    twin.__dict__["_parameters"] = {"weight": nn.Parameter(weight), "bias": nn.Parameter(bias)}
+    twin.__dict__.update(in_features=3, out_features=5)
+    for scale in (1e-3, 1.0, 1e4):
+        x = torch.randn(2, 4, 3, **like) * scale
+        for training in (True, False):
+            twin.training = training
+            try:
+                with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                    y = twin(x)
+            except Exception:
+                return False  # it wants other shapes or arguments than a linear does
+            wanted = nn.functional.linear(x, weight, bias)
+            if not isinstance(y, Tensor) or y.shape != wanted.shape or not torch.allclose(y, wanted, rtol=1e-4):
+                return False
+    return True
 
 
 def out_in_view(module: nn.Module) -> Tensor:

@@ -179,6 +179,8 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):
         conv1d: whether it stands for a transformers Conv1D, which is what it turns back into.
     """
 
+    inlay_linear = True  # see bases.linear.computes_linear
+
     def __init__(
         self,
         storage: Storage,

@@ -120,9 +120,7 @@ class Quantizer(HfQuantizer):
         tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
         precise = tuple(model._keep_in_fp32_modules or ())
         for name, base in self.quantization_config.options.names(model).items():
-            module = model.get_submodule(name)
-            plain = type(module) is nn.Linear or is_conv1d(module)
-            if plain and f"{name}.weight" not in tied and not set(name.split(".")) & set(precise):
+            if f"{name}.weight" not in tied and not set(name.split(".")) & set(precise):
                 self.chosen[name] = base
         if not self.chosen:
             raise ValueError(f"{self.quantization_config.options} names no linear of this {type(model).__name__}")

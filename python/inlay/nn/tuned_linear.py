@@ -38,6 +38,8 @@ class TunedLinear(nn.Linear):
         module: the ``nn.Linear`` or transformers ``Conv1D`` to wrap. It is not changed, and comes back on merge.
     """
 
+    inlay_linear = True  # see bases.linear.computes_linear
+
     def __init__(self, module: nn.Module) -> None:
         nn.Module.__init__(self)  # not nn.Linear's: the weights exist already
         weight = module.weight
