@@ -103,3 +103,44 @@ def test_help_lists_every_command(capsys):
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert all(command in out for command in ("train", "generate", "merge", "export", "verify", "doctor"))
+
+
+def test_init_writes_a_config_that_trains(workplace, tmp_path, capsys):
+    path = str(tmp_path / "new.yaml")
+    data = str(workplace / "data.jsonl")
+    given = ["--model", str(workplace / "model"), "--data", data, "--output-dir", str(tmp_path / "out: put")]
+    assert main(["init", path, *given]) == 0
+    assert "prompt/completion records" in (tmp_path / "new.yaml").read_text()
+    assert main(["estimate", path]) == 0
+    assert main(["train", path, "max_steps=1", "method.ratio=0.25"]) == 0
+    assert (tmp_path / "out: put" / "adapter_model.safetensors").is_file()
+    assert main(["init", path, *given]) == 2  # nothing is written over
+    assert "which exists" in capsys.readouterr().err
+
+
+def test_init_looks_at_the_model_and_the_data(workplace, tmp_path, capsys):
+    model, data, new = str(workplace / "model"), str(workplace / "data.jsonl"), str(tmp_path / "new.yaml")
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    for given, wanted in (
+        (["--model", str(tmp_path), "--data", data], "wanted a model folder"),
+        (["--model", model, "--data", str(tmp_path / "no.jsonl")], "does not exist"),
+        (["--model", model, "--data", str(empty)], "holds none"),
+    ):
+        assert main(["init", new, *given]) == 2
+        assert wanted in capsys.readouterr().err
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+        code = main(["init", new, "--model", str(tmp_path), "--data", data])
+        assert code == (0 if name == "a.gguf" else 2)
+        if code == 0:
+            assert yaml.safe_load((tmp_path / "new.yaml").read_text())["gguf_file"] == "a.gguf"
+            (tmp_path / "new.yaml").unlink()
+
+
+def test_help_of_train_shows_a_config(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out
+    example = "\n".join(line[2:] for line in shown[shown.index("  model:") :].splitlines())
+    assert set(yaml.safe_load(example)) >= {"model", "method", "data", "output_dir"}

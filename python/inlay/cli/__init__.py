@@ -11,9 +11,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import adapter, estimate, generate, train
+from . import adapter, estimate, generate, init, train
 
-COMMANDS = (train, estimate, generate, adapter)
+COMMANDS = (init, train, estimate, generate, adapter)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -63,7 +63,33 @@ def check_keys(config: Mapping[str, Any]) -> None:
     """Raise on a key that nothing reads."""
     from ..train.arguments import TRAINING_KEYS
 
-    reject_unknown(config, MODEL_KEYS | DATA_KEYS | TRAINING_KEYS | {"method", "base"}, "config key")
+    known = MODEL_KEYS | DATA_KEYS | TRAINING_KEYS | {"method", "base"}
+    for key in config:
+        if key not in known and (section := _section_of(str(key), config)) is not None:
+            raise ValueError(f"unknown config key {key!r}; it belongs inside {section}")
+    reject_unknown(config, known, "config key")
+
+
+def _section_of(key: str, config: Mapping[str, Any]) -> str | None:
+    """How to write ``key``, and what stands beside it now, as an option of the method or the base; None if neither has
+    it."""
+    from ..bases import BaseConfig
+    from ..methods import METHODS
+
+    method, base = _inner(config.get("method", "S2FT"), "name"), _inner(config.get("base") or "nf4", "base")
+    given = {name.lower(): cls for name, cls in METHODS.items()}.get(str(method.get("name")).lower())
+    for section, inner, kinds in (
+        ("method", method, [given] if given is not None else [*METHODS.values()]),
+        ("base", base, [BaseConfig]),
+    ):
+        if any(key in {field.name for field in dataclasses.fields(kind) if field.init} for kind in kinds):
+            options = ", ".join(f"{name}: {value}" for name, value in {**inner, key: config[key]}.items())
+            return f"{section}: {{{options}}}"
+    return None
+
+
+def _inner(given: Any, name: str) -> dict[str, Any]:
+    return dict(given) if isinstance(given, Mapping) else {name: given}
 
 
 def reject_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:

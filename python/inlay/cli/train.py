@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from typing import Any
 
 from .config import DATA_KEYS, build_base, build_method, load_config
+from .init import MINIMAL
 from .models import load_model
 
 
 def add_parsers(commands: Any) -> None:
-    parser = commands.add_parser("train", help="fine-tune a model as a YAML config says")
+    example = f"a config, as `inlay init` writes it:\n\n{textwrap.indent(MINIMAL, '  ')}"
+    parser = commands.add_parser(
+        "train",
+        help="fine-tune a model as a YAML config says",
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "config",
         help="YAML file; keys: model, gguf_file, dtype, method, base, data, eval_data, max_length, train_on_inputs, "
