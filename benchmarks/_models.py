@@ -19,6 +19,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
     ),
+    "small": dict(  # for tests of the benchmarks; nobody publishes it
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=16384,
+        tie_word_embeddings=True,
+    ),
     "llama-1b": dict(
         hidden_size=2048,
         intermediate_size=8192,

@@ -7,6 +7,8 @@ to the logits before its loss (a softcap, a scale, a cast) makes them ordinary l
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -97,8 +99,11 @@ for _name in _OPERATORS.split():
 class DeferringHead(Mixed):
     """Mixin of an output head: returns :class:`DeferredLogits` where a loss can follow."""
 
+    inlay_loss_only = False  # see losses_only
+
     def forward(self, hidden: Tensor) -> Tensor | DeferredLogits:
-        if not (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        wanted = self.inlay_loss_only or (self.training and torch.is_grad_enabled())
+        if not wanted or torch.compiler.is_compiling():
             # generate() passes the last position of each row, a strided slice, for which torch would copy a frozen head
             # once per row.
             return nn.functional.linear(hidden.contiguous(), self.weight, self.bias)
@@ -181,6 +186,19 @@ def install_head(model: nn.Module) -> bool:
     mix(head, DeferringHead)
     model.loss_function = FusedCausalLoss(original)
     return True
+
+
+@contextmanager
+def losses_only(model: nn.Module) -> Iterator[None]:
+    """Within this context the fused loss also serves evaluation, where nobody reads the logits."""
+    heads = [module for module in model.modules() if isinstance(module, DeferringHead)]
+    for head in heads:
+        head.inlay_loss_only = True
+    try:
+        yield
+    finally:
+        for head in heads:
+            head.inlay_loss_only = False
 
 
 def remove_head(model: nn.Module) -> None:

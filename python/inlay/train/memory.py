@@ -24,7 +24,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._start: int | None = torch.cuda.memory_allocated(self.device)
         else:
-            _return_free_memory()
+            return_free_memory()
             self._start = _status("VmRSS") if _reset_high_water_mark() else None
 
     def bytes(self) -> int | None:
@@ -37,8 +37,12 @@ class PeakMemory:
         return None if peak is None else peak - self._start
 
 
-def _return_free_memory() -> None:
-    # Freed pages that glibc still holds would hide the first allocations of what is measured.
+def return_free_memory() -> None:
+    """Give freed pages that glibc's heap still holds back to the system; elsewhere nothing.
+
+    They would hide the first allocations of what is measured. And tensors of other sizes than before do not fit into
+    the holes that those left: a run of batches of many shapes would hold the holes of all of them.
+    """
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -1,12 +1,13 @@
 """transformers' Trainer with the checks that stop a run which would train on nothing, or on NaN.
 
-Overridden are create_optimizer and training_step, which transformers documents for that, and the
-choice of the sampler for `train_sampling_strategy="group_by_length"`.
+Overridden are create_optimizer, training_step and prediction_step, which transformers documents for
+that, and the choice of the sampler for `train_sampling_strategy="group_by_length"`.
 """
 
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from transformers import TrainerCallback
 from ..data.collate import count_padding
 from ..data.masking import IGNORED
 from ..data.sampling import LengthGroupedSampler
+from ..nn.head import losses_only
+from .memory import return_free_memory
 
 #: Names of ``optim`` that transformers gives bitsandbytes' AdamW with 8-bit states; ours stores the same.
 EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit")
@@ -45,6 +48,7 @@ class Trainer(transformers.Trainer):
         self._inlay_optimizer = inlay_optimizer
         self._step_loss = 0.0
         self._gradients_checked = False
+        self._last_shape: torch.Size | None = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self._inlay_optimizer:
@@ -79,6 +83,7 @@ class Trainer(transformers.Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         self._count(inputs)
+        self._make_room(inputs["input_ids"])
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._record(float(loss))
         if not self._gradients_checked and self.accelerator.sync_gradients:
@@ -86,6 +91,20 @@ class Trainer(transformers.Trainer):
             check_gradients(model)
             self._gradients_checked = True
         return loss
+
+    def _make_room(self, ids: Tensor) -> None:
+        """On a CPU, give back the holes in the heap that a batch of another shape left."""
+        if ids.device.type == "cpu" and ids.shape != self._last_shape:
+            return_free_memory()
+            self._last_shape = ids.shape
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor | None, Any, Any]:
+        self._make_room(inputs["input_ids"])
+        # Logits that nobody reads would be the largest tensors of a whole run.
+        with losses_only(self.model) if prediction_loss_only else nullcontext():
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
     def _count(self, inputs: dict[str, Tensor]) -> None:
         labels = inputs["labels"]
