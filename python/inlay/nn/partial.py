@@ -89,8 +89,7 @@ def _one_requiring_grad(args: tuple) -> tuple:
 
 
 def install_partial_backprop(model: nn.Module) -> None:
-    """(Re)place the mixin on the blocks of ``model``."""
-    remove_partial_backprop(model)
+    """Put the mixin on the blocks of ``model`` that lack it."""
     watch_embeddings(model)
     for stack in block_stacks(model).values():
         for block in stack:

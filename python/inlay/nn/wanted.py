@@ -8,8 +8,10 @@ seen it there. Every other leaf is somebody's: a parameter, or a tensor that was
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,11 +25,19 @@ _KNOWN = "inlay_wanted"
 
 
 class _Running(threading.local):
-    """The forwards that run in this thread, outermost first, and a token of the outermost one."""
+    """Calls, of modules that hold an embedding, that run in this thread, outermost first."""
 
     def __init__(self) -> None:
-        self.modules: list[int] = []
-        self.token = object()
+        self.calls: list[tuple[int, FrameType]] = []  # the module's id, the frame that called its hooks
+        self.token = object()  # of the outermost call
+
+    def prune(self) -> None:
+        """Forget calls that an interrupt has ended: they are on the stack no longer."""
+        alive, frame = set(), sys._getframe(1)
+        while frame is not None:
+            alive.add(frame)
+            frame = frame.f_back  # type: ignore[assignment]
+        self.calls = [call for call in self.calls if call[1] in alive]
 
 
 _running = _Running()
@@ -37,25 +47,28 @@ def _enter(module: nn.Module, args: Any) -> None:
     """Forward pre-hook of what holds an embedding."""
     if torch.compiler.is_compiling():
         return
-    if id(module) in _running.modules:  # a forward before raised
-        del _running.modules[_running.modules.index(id(module)) :]
+    _running.prune()
+    if not _running.calls:
         _running.token = object()
-    if not _running.modules:
-        _running.token = object()
-    _running.modules.append(id(module))
+    _running.calls.append((id(module), sys._getframe(1)))
 
 
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
-    """Forward hook of what holds an embedding."""
-    if not torch.compiler.is_compiling() and id(module) in _running.modules:
-        del _running.modules[_running.modules.index(id(module)) :]
+    """Forward hook of what holds an embedding, also where it raised."""
+    if torch.compiler.is_compiling():
+        return
+    for place in reversed(range(len(_running.calls))):
+        if _running.calls[place][0] == id(module):
+            del _running.calls[place:]
+            break
 
 
 def _mark(module: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of an embedding: a gradient that its output, a leaf, comes to require is artificial."""
     if torch.compiler.is_compiling() or not isinstance(output, Tensor) or not output.is_leaf:
         return
-    if _running.modules and all(_of_a_library(hook) for hook in module._forward_hooks.values()):
+    _running.prune()
+    if _running.calls and all(_of_a_library(hook) for hook in module._forward_hooks.values()):
         output.inlay_artificial = _running.token  # type: ignore[attr-defined]
 
 
@@ -73,7 +86,7 @@ def watch_embeddings(model: nn.Module) -> None:
     for holder in {holder for name in names for holder in _holders(name)}:
         module = model.get_submodule(holder)
         module.register_forward_pre_hook(_enter)
-        module.register_forward_hook(_leave)
+        module.register_forward_hook(_leave, always_call=True)
 
 
 def forget_embeddings(model: nn.Module) -> None:
@@ -82,6 +95,7 @@ def forget_embeddings(model: nn.Module) -> None:
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if hook in (_enter, _leave, _mark)]:
                 del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
 
 
 def _holders(name: str) -> list[str]:
