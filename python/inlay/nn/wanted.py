@@ -69,7 +69,7 @@ def _mark(module: nn.Module, args: Any, output: Any) -> None:
         return
     _running.prune()
     if _running.calls and all(_of_a_library(hook) for hook in module._forward_hooks.values()):
-        output.inlay_artificial = _running.token  # type: ignore[attr-defined]
+        output.inlay_artificial = _running.token
 
 
 def _of_a_library(hook: Any) -> bool:
@@ -155,5 +155,5 @@ def _may_hide(node: Any) -> bool:
     """True for a Function that may have run modules whose parameters it does not show, as reentrant checkpoints do."""
     if not isinstance(node, BackwardCFunction):
         return False
-    module = node._forward_cls.__module__  # type: ignore[attr-defined]
+    module = node._forward_cls.__module__
     return module.split(".")[0] not in ("inlay", "torch") or module == "torch.utils.checkpoint"

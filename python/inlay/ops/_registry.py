@@ -216,6 +216,19 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
 
 
+def shaped(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """`rows`, which is ours alone, in another shape, and no view: whoever gets an op's output may change it in place.
+
+    Autograd refuses that for views which a Function returns.
+    """
+    return rows if rows.shape == shape else torch.ops.aten._unsafe_view.default(rows, shape)
+
+
+def columns_apart(matrix: Tensor, widths: Sequence[int]) -> list[Tensor]:
+    """Neighbouring columns of `matrix`, which is ours alone, in its memory, and no views of it: see `shaped`."""
+    return list(torch.unsafe_split_with_sizes(matrix, widths, 1))
+
+
 @contextlib.contextmanager
 def writable_rows(x: Tensor) -> Iterator[Tensor]:
     """[..., N] as [M, N] rows to be written: `x`'s own memory, or a copy that is written back."""

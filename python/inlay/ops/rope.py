@@ -27,6 +27,7 @@ from inlay.ops._registry import (
     raw_op,
     without_autocast,
 )
+from inlay.ops.base_linear import trains
 
 
 def _check(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -45,8 +46,9 @@ def _check(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def _empty_like_projection(x: Tensor) -> Tensor:
-    batch, heads, tokens, width = x.shape
-    return torch.empty((batch, tokens, heads, width), dtype=x.dtype, device=x.device).transpose(1, 2)
+    _, heads, tokens, width = x.shape  # strides, not a transposed view: outputs may be changed in place
+    strides = (tokens * heads * width, width, heads * width, 1)
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
 
 
 def _native(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -105,5 +107,8 @@ class _RoPE(Function):
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate q [B, Hq, T, D] and k [B, Hk, T, D] by cos, sin [B or 1, T, R]; differentiable in q and k."""
+    """Rotate q [B, Hq, T, D] and k [B, Hk, T, D] by cos, sin [B or 1, T, R]; differentiable in all four."""
+    if trains((cos, sin)):
+        _check("rope", q, k, cos, sin)
+        return _rotate(q, cos, sin, False), _rotate(k, cos, sin, False)
     return apply(_RoPE, q, k, cos, sin)
