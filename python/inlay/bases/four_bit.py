@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..ops._registry import as_rows, shaped
+from ..ops._registry import as_rows
 from ..ops.quantize_blockwise import (
     QUANT_TYPES,
     check_blocksize,
@@ -80,7 +80,7 @@ class FourBit(Storage):
         if not lora_branch_fits(x, self.blocksize):
             return None
         factors = (a, b, scale, self.quant_type, self.blocksize, self.rows)
-        return shaped(quantized_lora_linear_small(as_rows(x), *tensors, *factors), (*x.shape[:-1], self.rows))
+        return quantized_lora_linear_small(as_rows(x), *tensors, *factors).view(*x.shape[:-1], self.rows)
 
     def forward_plus(self, x: Tensor, left: Tensor, right: Tensor, *tensors: Tensor | None) -> Tensor:
         if decodes_in_registers(x, self.blocksize) or self.columns < 2:

@@ -216,19 +216,6 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
 
 
-def shaped(rows: Tensor, shape: Sequence[int]) -> Tensor:
-    """`rows`, which is ours alone, in another shape, and no view: whoever gets an op's output may change it in place.
-
-    Autograd refuses that for views which a Function returns.
-    """
-    return rows if rows.shape == shape else torch.ops.aten._unsafe_view.default(rows, shape)
-
-
-def columns_apart(matrix: Tensor, widths: Sequence[int]) -> list[Tensor]:
-    """Neighbouring columns of `matrix`, which is ours alone, in its memory, and no views of it: see `shaped`."""
-    return list(torch.unsafe_split_with_sizes(matrix, widths, 1))
-
-
 @contextlib.contextmanager
 def writable_rows(x: Tensor) -> Iterator[Tensor]:
     """[..., N] as [M, N] rows to be written: `x`'s own memory, or a copy that is written back."""
@@ -248,6 +235,29 @@ def _first_device(args: Sequence[Any]) -> str:
         if isinstance(arg, Tensor):
             return arg.device.type
     return next(_tensors(args)).device.type
+
+
+def without_views(function: Callable) -> Callable:
+    """Decorator for Function.forward: outputs are ordinary tensors, which whoever gets them may change in place.
+
+    Autograd refuses that for views that a Function returns, and a product is one where it was computed as rows. The
+    memory is the same, and the outputs' own.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: Any) -> Any:
+        outputs = function(*args)
+        if type(args[0]) is _NoContext:
+            return outputs  # without gradients a view is as good
+        return tuple(map(_ordinary, outputs)) if isinstance(outputs, tuple) else _ordinary(outputs)
+
+    return wrapped
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or tensor._is_view():
+        return torch.ops.aten._unsafe_view.default(tensor, tensor.shape)
+    return tensor
 
 
 def without_autocast(function: Callable) -> Callable:

@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from inlay.ops._registry import apply, autocast_dtype, fail, without_autocast
+from inlay.ops._registry import apply, autocast_dtype, fail, without_autocast, without_views
 from inlay.ops.base_products import DenseBase, DenseBaseT
 
 
@@ -33,6 +33,7 @@ class _BaseLinear(Function):
     """``y = base(x)``, differentiable in ``x`` only. Keeps nothing but the frozen tensors."""
 
     @staticmethod
+    @without_views
     @without_autocast
     def forward(ctx: Any, x: Tensor, base: Any, *tensors: Tensor | None) -> Tensor:
         ctx.base = base

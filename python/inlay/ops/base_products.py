@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from inlay.ops._registry import as_rows, shaped
+from inlay.ops._registry import as_rows
 
 
 class BaseProducts(Protocol):
@@ -85,7 +85,7 @@ def backward_input_plus(base: Any, dy: Tensor, left: Tensor, right: Tensor, tens
 def product_onto(left: Tensor, right_t: Tensor, x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
     """left·right_t + x·weight_t (+ bias), [..., out]: the narrow product first, the wide one summed onto it."""
     y = left.mm(right_t) if bias is None else torch.addmm(bias, left, right_t)
-    return shaped(y.addmm_(as_rows(x), weight_t), (*x.shape[:-1], y.shape[1]))
+    return y.addmm_(as_rows(x), weight_t).view(*x.shape[:-1], y.shape[1])
 
 
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

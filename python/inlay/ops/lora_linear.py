@@ -27,6 +27,7 @@ from inlay.ops._registry import (
     fail,
     raw_op,
     without_autocast,
+    without_views,
     writable_rows,
 )
 from inlay.ops.base_linear import base_linear, trains
@@ -159,6 +160,7 @@ def _gradients(dy: Tensor, xl: Tensor, xa: Tensor, a: Tensor, b: Tensor, scale: 
 
 class _LoRALinear(Function):
     @staticmethod
+    @without_views
     @without_autocast
     def forward(
         ctx: Any, x: Tensor, dropped: Tensor | None, a: Tensor, b: Tensor, scale: float, base: Any, *tensors: Tensor
@@ -191,6 +193,7 @@ class _SwiGLULoRALinear(Function):
     """The down projection of a gated MLP: keeps gate and up, rebuilds act(gate)·up for dA."""
 
     @staticmethod
+    @without_views
     @without_autocast
     def forward(
         ctx: Any, gate: Tensor, up: Tensor, act: str, a: Tensor, b: Tensor, scale: float, base: Any, *tensors: Tensor

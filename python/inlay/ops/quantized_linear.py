@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from inlay._native import module
-from inlay.ops._registry import as_rows, check_device, check_floating, compute_dtype, in_plain_torch, raw_op, shaped
+from inlay.ops._registry import as_rows, check_device, check_floating, compute_dtype, in_plain_torch, raw_op
 from inlay.ops.quantize_blockwise import check_packed, dequantize_4bit_, dynamic_map, levels
 
 #: Rows of x up to which decoding in registers wins over dequantizing a panel for torch.matmul; measured on a CPU with
@@ -258,7 +258,7 @@ def quantized_linear(
     flat = as_rows(x.detach() if x.requires_grad else x)  # autograd must not keep panels, which are overwritten
     if flat.shape[0] <= _small_rows(flat, blocksize):
         y = quantized_linear_small(flat, packed, absmax, codes, offset, bias, quant_type, blocksize, rows)
-        return shaped(y, (*x.shape[:-1], rows))
+        return y.view(*x.shape[:-1], rows)
     height = max(1, _panel_elements(flat) // max(columns, 1))
     panels = []
     for row in range(0, rows, height):
@@ -268,7 +268,7 @@ def quantized_linear(
         part = None if bias is None else bias[row : row + count].to(x.dtype)
         panels.append(functional.linear(flat, panel, part))
     y = panels[0] if len(panels) == 1 else torch.cat(panels, dim=1)
-    return shaped(y, (*x.shape[:-1], rows))
+    return y.view(*x.shape[:-1], rows)
 
 
 def quantized_linear_backward_input(
@@ -301,4 +301,4 @@ def quantized_linear_backward_input(
     if onto is not None:
         return onto
     dx = panels[0] if len(panels) == 1 else torch.cat(panels, dim=1)
-    return shaped(dx, (*dy.shape[:-1], columns))
+    return dx.view(*dy.shape[:-1], columns)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from inlay._native import module
-from inlay.ops._registry import as_rows, columns_apart, fail, in_plain_torch, raw_op, shaped
+from inlay.ops._registry import as_rows, fail, in_plain_torch, raw_op
 from inlay.ops.base_products import product_onto
 from inlay.ops.quantize_blockwise import check_packed, dequantize_4bit_, dynamic_map, levels
 from inlay.ops.quantized_linear import workspace
@@ -167,8 +167,8 @@ def stack_forward(
         ]
     else:
         y = _product(flat, panel, bias, left, right)
-        ys = columns_apart(y, weights.rows)
-    return [shaped(y, (*x.shape[:-1], y.shape[1])) for y in ys]
+        ys = [y[:, a:b] for a, b in spans]
+    return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
 
 
 def side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
@@ -210,4 +210,4 @@ def stack_backward_input(
         dx = None if left is None or right is None else left.mm(right)
         for dy, (a, b) in zip(rows, _spans(weights.rows), strict=True):
             dx = dy.mm(panel[a:b]) if dx is None else dx.addmm_(dy, panel[a:b])
-    return shaped(dx, (*dys[0].shape[:-1], weights.columns))
+    return dx.view(*dys[0].shape[:-1], weights.columns)

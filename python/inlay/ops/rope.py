@@ -26,6 +26,7 @@ from inlay.ops._registry import (
     fail,
     raw_op,
     without_autocast,
+    without_views,
 )
 from inlay.ops.base_linear import trains
 
@@ -46,9 +47,8 @@ def _check(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def _empty_like_projection(x: Tensor) -> Tensor:
-    _, heads, tokens, width = x.shape  # strides, not a transposed view: outputs may be changed in place
-    strides = (tokens * heads * width, width, heads * width, 1)
-    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+    batch, heads, tokens, width = x.shape
+    return torch.empty((batch, tokens, heads, width), dtype=x.dtype, device=x.device).transpose(1, 2)
 
 
 def _native(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -92,6 +92,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 
 class _RoPE(Function):
     @staticmethod
+    @without_views
     @without_autocast
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from inlay.ops._registry import as_rows, fail, without_autocast
+from inlay.ops._registry import as_rows, fail, without_autocast, without_views
 from inlay.ops.base_linear import base_linear, trains
 from inlay.ops.base_products import Stack, backward_input_plus, forward_plus, sums_at_once, wide_sums
 from inlay.ops.lora_linear import branch_gradients, check_factors, lora_linear
@@ -128,6 +128,7 @@ def _backward_input(dys: Sequence[Tensor], dyb: Tensor | None, parts: Sequence[P
 
 class _StackedLinear(Function):
     @staticmethod
+    @without_views
     @without_autocast
     def forward(ctx: Any, x: Tensor, layout: Any, apart: bool, *flat: Tensor | None) -> tuple[Tensor, ...]:
         parts = list(_split(layout, flat))

@@ -32,6 +32,7 @@ from inlay.ops._registry import (
     compute_dtype,
     fail,
     without_autocast,
+    without_views,
 )
 from inlay.ops.base_linear import base_linear, trains
 from inlay.ops.base_products import DenseBase, DenseBaseT, sums_at_once
@@ -125,6 +126,7 @@ def add_backward_input(dx: Tensor, delta_dy: Tensor, values: Tensor, indices: Te
 
 class _AddDelta(Function):
     @staticmethod
+    @without_views
     @without_autocast
     def forward(ctx: Any, y: Tensor, x: Tensor, values: Tensor, indices: Tensor, side: str) -> Tensor:
         if side == "in":  # one pass over y: the sum goes straight into a new tensor
@@ -157,6 +159,7 @@ class _Linear(Function):
     """The base product and its delta in one node: dx is one tensor, into which the delta's part is added."""
 
     @staticmethod
+    @without_views
     @without_autocast
     def forward(
         ctx: Any,

@@ -30,6 +30,7 @@ from inlay.ops._registry import (
     fail,
     raw_op,
     without_autocast,
+    without_views,
 )
 from inlay.ops.base_linear import base_linear, trains
 from inlay.ops.base_products import wide_sums
@@ -148,6 +149,7 @@ def swiglu_backward(
 
 class _SwiGLU(Function):
     @staticmethod
+    @without_views
     @without_autocast
     def forward(ctx: Any, gate: Tensor, up: Tensor, act: str) -> Tensor:
         ctx.save_for_backward(gate, up)
@@ -167,6 +169,7 @@ class _SwiGLULinear(Function):
     """The down projection of act(gate)·up, with or without a submatrix delta on its input channels."""
 
     @staticmethod
+    @without_views
     @without_autocast
     def forward(
         ctx: Any,
