@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from inlay._native import available as _native_available
 from inlay._native import module
-from inlay.ops._registry import apply, check_floating, check_same, fail, raw_op, without_autocast, without_views
+from inlay.ops._registry import apply, check_floating, check_same, fail, raw_op, without_autocast
 
 
 def _like_projection(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -83,7 +83,6 @@ def causal_attention_backward(
 
 class CausalAttention(Function):
     @staticmethod
-    @without_views
     @without_autocast
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
