@@ -255,9 +255,9 @@ def without_views(function: Callable) -> Callable:
 
 
 def _ordinary(tensor: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or tensor._is_view():
+    if torch.compiler.is_compiling():
         return torch.ops.aten._unsafe_view.default(tensor, tensor.shape)
-    return tensor
+    return tensor.data if tensor._is_view() else tensor  # 0.2 us, where _unsafe_view takes 2
 
 
 def without_autocast(function: Callable) -> Callable:
