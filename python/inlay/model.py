@@ -16,7 +16,7 @@ from .integrations.trl import watch
 from .methods import Method
 from .nn.head import remove_head
 from .nn.mixed import Mixed, mix, unmix
-from .nn.partial import install_partial_backprop
+from .nn.partial import install_partial_backprop, remove_partial_backprop
 from .nn.tuned_linear import TunedLinear
 from .sharding import any_sharded, is_sharded
 
@@ -194,6 +194,7 @@ def make_plain(model: nn.Module) -> nn.Module:
     for handle in state.handles:
         handle.remove()
     remove_head(model)
+    remove_partial_backprop(model)
     for module in model.modules():
         unmix(module)
     keep_from_ddp(model)

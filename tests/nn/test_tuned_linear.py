@@ -126,9 +126,12 @@ def test_mixed_dtypes_are_refused_as_torch_does(given, base, update):
 
 @pytest.mark.parametrize("update", UPDATES)
 def test_casting_the_trainables_is_refused(update):
-    """`.to(bfloat16)` on a tuned model would train in bf16; it says what to do instead."""
+    """Trainables cast by hand, past `.to(bfloat16)`, would train in bf16; it says what to do instead."""
     _, tuned = single(8, 12, update=update)
     tuned.to(torch.bfloat16)
+    tuned(torch.randn(3, 12, dtype=torch.bfloat16))
+    for parameter in tuned.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
     with pytest.raises(TypeError, match="keep trainable values in fp32"):
         tuned(torch.randn(3, 12, dtype=torch.bfloat16))
 

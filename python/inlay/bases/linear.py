@@ -16,37 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops._registry import apply, autocast_dtype, without_autocast
+from ..ops.base_linear import base_linear
 from ..ops.base_products import DenseBase, DenseBaseT
 
-
-class _BaseLinear(torch.autograd.Function):
-    """``y = base(x)``, differentiable in ``x`` only. Keeps nothing but the frozen tensors."""
-
-    @staticmethod
-    @without_autocast
-    def forward(ctx, x: Tensor, base: Any, *tensors: Tensor | None) -> Tensor:
-        ctx.base = base
-        ctx.save_for_backward(*tensors)
-        return base.forward(x, *tensors)
-
-    @staticmethod
-    @without_autocast
-    def backward(ctx, dy: Tensor):
-        tensors = ctx.saved_tensors  # once: checkpointing recomputes them at each access
-        dx = ctx.base.backward_input(dy, *tensors) if ctx.needs_input_grad[0] else None
-        return (dx, None, *[None] * len(tensors))
-
-
-def base_linear(x: Tensor, base: Any, *tensors: Tensor | None) -> Tensor:
-    """``base(x)`` for ``x [..., in]`` -> ``[..., out]``, differentiable in ``x`` only."""
-    if base is DenseBase:  # torch's own node is the cheapest, and frozen operands keep nothing
-        return nn.functional.linear(x, *tensors)
-    if base is DenseBaseT:
-        weight, bias = tensors
-        assert weight is not None
-        return nn.functional.linear(x, weight.t(), bias)
-    return apply(_BaseLinear, x.to(autocast_dtype(x)), base, *tensors)
+__all__ = ["base_linear", "base_of", "computes_linear", "is_conv1d", "is_linear", "out_in_view"]
 
 
 def is_conv1d(module: nn.Module) -> bool:

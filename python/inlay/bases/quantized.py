@@ -144,14 +144,15 @@ class QuantizedWeight(_Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         """Move storage between devices, but keep its dtypes."""
-        before = {n: t.data for n in self.storage.names if (t := getattr(self, n)) is not None}
+        storage = [tensor for name in self.storage.names if (tensor := self._parameters[name]) is not None]
         self.compute_dtype = fn(torch.zeros(0, dtype=self.compute_dtype)).dtype
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = getattr(self, name)
-            if new.dtype != old.dtype:
-                setattr(self, name, nn.Parameter(old.to(new.device), requires_grad=False))
-        return self
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            kept = moved.dtype != tensor.dtype and any(tensor is held for held in storage)
+            return tensor.to(moved.device) if kept else moved
+
+        return super()._apply(move, recurse)
 
 
 def dense_linear(weight: Tensor, bias: nn.Parameter | None, conv1d: bool) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,22 @@ from torch import Tensor, nn
 from ..bases.linear import base_linear
 from ..bases.quantized import Storage
 from ..ops.swiglu import swiglu
+
+
+def keeping_width(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``fn``, what ``Module.to`` does to each tensor, but that tensors of 32 bits or more keep at least 32.
+
+    ``model.to(torch.bfloat16)`` and ``.half()`` are meant for the base: trainables, their gradients and their
+    optimizer's states stay as exact as they are. Between fp32 and fp64 they go along.
+    """
+
+    def wide(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        if tensor.is_floating_point() and tensor.dtype.itemsize >= 4 > moved.dtype.itemsize:
+            return tensor.to(moved.device, torch.float32)
+        return moved
+
+    return wide
 
 
 class Delta(nn.Module, ABC):
@@ -37,6 +53,10 @@ class Delta(nn.Module, ABC):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Move between devices, but stay wide where the model goes to 16 bits: see :func:`keeping_width`."""
+        return super()._apply(keeping_width(fn), recurse)
 
     @abstractmethod
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.lora_linear import lora_linear, swiglu_lora_linear
+from ..ops.lora_linear import add_low_rank, lora_linear, swiglu_lora_linear
 from .base import Delta
 
 
@@ -44,8 +44,7 @@ class LowRankDelta(Delta):
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         dropped = self._dropped(x)
-        inner = (x if dropped is None else dropped).to(self.lora_A.dtype) @ self.lora_A.t()
-        return (y + self.scale * (inner @ self.lora_B.t())).to(y.dtype)
+        return add_low_rank(y, x if dropped is None else dropped, self.lora_A, self.lora_B, self.scale)
 
     def linear(self, x: Tensor, base: Any, *tensors: Tensor | None) -> Tensor:
         return lora_linear(x, self.lora_A, self.lora_B, self.scale, base, *tensors, dropped=self._dropped(x))

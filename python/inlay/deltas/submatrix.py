@@ -5,7 +5,7 @@ Source: Yang et al., "S²FT: Efficient, Scalable and Generalizable LLM Fine-tuni
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -158,6 +158,13 @@ class InPlaceSubmatrixDelta(SubmatrixDelta):
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         raise RuntimeError("an in-place submatrix is part of its base weight; it cannot be added to another adapter")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """The original values are part of the base: they go where it goes."""
+        original: Tensor = self._buffers["s2ft_original"]
+        super()._apply(fn, recurse)
+        self.s2ft_original = fn(original)
+        return self
 
     def write(self, weight: Tensor) -> None:
         """Write the current values into ``weight [out, in]``."""

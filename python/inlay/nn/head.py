@@ -91,7 +91,7 @@ def _operator(name: str):
     return apply
 
 
-_OPERATORS = "add radd sub rsub mul rmul truediv rtruediv neg abs pow matmul getitem len iter eq ne lt le gt ge"
+_OPERATORS = "add radd sub rsub mul rmul truediv rtruediv neg abs pow matmul getitem setitem len iter eq ne lt le gt ge"
 for _name in _OPERATORS.split():
     setattr(DeferredLogits, f"__{_name}__", _operator(f"__{_name}__"))
 

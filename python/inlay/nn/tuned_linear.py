@@ -98,6 +98,13 @@ class TunedLinear(nn.Linear):
         self.deltas[name].take(other)
         self.sync()
 
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        """What :meth:`to_plain` brings back moves along."""
+        super()._apply(fn, recurse)
+        plain = self.plain_holder[0]
+        plain._parameters.update({name: self._parameters[name] for name in plain._parameters.keys() & self._parameters})
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         active = self.active_deltas()
         if len(active) == 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +30,11 @@ class TunedQuantizedLinear(QuantizedWeight, TunedLinear):
     @property
     def base_tensors(self) -> tuple[Tensor | None, ...]:
         return self.tensors
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        self.plain_holder[0].compute_dtype = self.compute_dtype
+        return self
 
     def dense_base(self, dtype: torch.dtype) -> Tensor:
         """The dequantized base weight ``[out, in]``, with what a delta took out of it put back."""

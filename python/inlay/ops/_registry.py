@@ -237,6 +237,29 @@ def _first_device(args: Sequence[Any]) -> str:
     return next(_tensors(args)).device.type
 
 
+def without_views(function: Callable) -> Callable:
+    """Decorator for Function.forward: outputs are ordinary tensors, which whoever gets them may change in place.
+
+    Autograd refuses that for views that a Function returns, and a product is one where it was computed as rows. The
+    memory is the same, and the outputs' own.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: Any) -> Any:
+        outputs = function(*args)
+        if type(args[0]) is _NoContext:
+            return outputs  # without gradients a view is as good
+        return tuple(map(_ordinary, outputs)) if isinstance(outputs, tuple) else _ordinary(outputs)
+
+    return wrapped
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.ops.aten._unsafe_view.default(tensor, tensor.shape)
+    return tensor.data if tensor._is_view() else tensor  # 0.2 us, where _unsafe_view takes 2
+
+
 def without_autocast(function: Callable) -> Callable:
     """Decorator for Function.forward / backward: the body chooses its own dtypes."""
 

@@ -25,6 +25,7 @@ from inlay.ops._registry import (
     fail,
     raw_op,
     without_autocast,
+    without_views,
 )
 from inlay.ops.submatrix import submatrix_grad
 
@@ -136,6 +137,7 @@ def _in_chunks(
 
 class _LinearCrossEntropy(Function):
     @staticmethod
+    @without_views
     @without_autocast
     def forward(
         ctx: Any,

@@ -27,12 +27,14 @@ from inlay.ops._registry import (
     fail,
     raw_op,
     without_autocast,
+    without_views,
     writable_rows,
 )
+from inlay.ops.base_linear import base_linear, trains
 from inlay.ops.base_products import backward_input_plus, forward_plus
 from inlay.ops.submatrix import processors_of, submatrix_grad
 from inlay.ops.submatrix_linear import cast_for_autocast
-from inlay.ops.swiglu import swiglu_backward, swiglu_forward
+from inlay.ops.swiglu import swiglu, swiglu_backward, swiglu_forward
 
 #: Rows up to which a forward without gradients computes the low-rank branch in one call, in fp32: casting the factors
 #: to x's dtype would cost more than the products.
@@ -158,6 +160,7 @@ def _gradients(dy: Tensor, xl: Tensor, xa: Tensor, a: Tensor, b: Tensor, scale: 
 
 class _LoRALinear(Function):
     @staticmethod
+    @without_views
     @without_autocast
     def forward(
         ctx: Any, x: Tensor, dropped: Tensor | None, a: Tensor, b: Tensor, scale: float, base: Any, *tensors: Tensor
@@ -190,6 +193,7 @@ class _SwiGLULoRALinear(Function):
     """The down projection of a gated MLP: keeps gate and up, rebuilds act(gate)·up for dA."""
 
     @staticmethod
+    @without_views
     @without_autocast
     def forward(
         ctx: Any, gate: Tensor, up: Tensor, act: str, a: Tensor, b: Tensor, scale: float, base: Any, *tensors: Tensor
@@ -218,13 +222,23 @@ class _SwiGLULoRALinear(Function):
         return dgate, dup, None, da, db, None, None, *([None] * ctx.count)
 
 
+def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """y + scale·(x·Aᵀ)·Bᵀ in plain torch, differentiable in all four."""
+    return (y + scale * ((x.to(a.dtype) @ a.t()) @ b.t())).to(y.dtype)
+
+
 def lora_linear(
     x: Tensor, a: Tensor, b: Tensor, scale: float, base: Any, *tensors: Tensor | None, dropped: Tensor | None = None
 ) -> Tensor:
-    """base(x) + scale·(x·Aᵀ)·Bᵀ for x [..., in], A fp32 [r, in], B fp32 [out, r]; differentiable in x, A and B.
+    """base(x) + scale·(x·Aᵀ)·Bᵀ for x [..., in], A fp32 [r, in], B fp32 [out, r].
+
+    Differentiable in x, A and B, and in what of the base trains.
 
     dropped: what the low-rank branch reads instead of x (x after dropout), in x's shape.
     """
+    if trains(tensors):
+        check_factors("lora_linear", x, a, b)
+        return add_low_rank(base_linear(x, base, *tensors), x if dropped is None else dropped, a, b, scale)
     x, tensors = cast_for_autocast(x, base, tensors)
     check_factors("lora_linear", x, a, b)
     dropped = dropped if dropped is None else dropped.to(x.dtype)
@@ -235,6 +249,8 @@ def swiglu_lora_linear(
     gate: Tensor, up: Tensor, act: str, a: Tensor, b: Tensor, scale: float, base: Any, *tensors: Tensor | None
 ) -> Tensor:
     """lora_linear of act(gate)·up [..., in], which is rebuilt in the backward, never kept."""
+    if trains(tensors):
+        return lora_linear(swiglu(gate, up, act), a, b, scale, base, *tensors)
     gate, tensors = cast_for_autocast(gate, base, tensors)
     check_factors("lora_linear", gate, a, b)
     return apply(_SwiGLULoRALinear, gate, up.to(gate.dtype), act, a, b, scale, base, *tensors)

@@ -26,6 +26,7 @@ from inlay.ops._registry import (
     fail,
     raw_op,
     without_autocast,
+    without_views,
 )
 
 
@@ -96,6 +97,7 @@ def _weight_grad(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
 
 class _RMSNorm(Function):
     @staticmethod
+    @without_views
     @without_autocast
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
         y, rstd = rms_norm_forward(x, weight, eps, offset)

@@ -26,7 +26,9 @@ from inlay.ops._registry import (
     fail,
     raw_op,
     without_autocast,
+    without_views,
 )
+from inlay.ops.base_linear import trains
 
 
 def _check(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -90,6 +92,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 
 class _RoPE(Function):
     @staticmethod
+    @without_views
     @without_autocast
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
@@ -105,5 +108,8 @@ class _RoPE(Function):
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate q [B, Hq, T, D] and k [B, Hk, T, D] by cos, sin [B or 1, T, R]; differentiable in q and k."""
+    """Rotate q [B, Hq, T, D] and k [B, Hk, T, D] by cos, sin [B or 1, T, R]; differentiable in all four."""
+    if trains((cos, sin)):
+        _check("rope", q, k, cos, sin)
+        return _rotate(q, cos, sin, False), _rotate(k, cos, sin, False)
     return apply(_RoPE, q, k, cos, sin)

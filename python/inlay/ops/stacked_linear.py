@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from inlay.ops._registry import as_rows, fail, without_autocast
+from inlay.ops._registry import as_rows, fail, without_autocast, without_views
+from inlay.ops.base_linear import base_linear, trains
 from inlay.ops.base_products import Stack, backward_input_plus, forward_plus, sums_at_once, wide_sums
-from inlay.ops.lora_linear import branch_gradients, check_factors
+from inlay.ops.lora_linear import branch_gradients, check_factors, lora_linear
 from inlay.ops.submatrix import submatrix_grad
 from inlay.ops.submatrix_linear import cast_for_autocast
 
@@ -127,6 +128,7 @@ def _backward_input(dys: Sequence[Tensor], dyb: Tensor | None, parts: Sequence[P
 
 class _StackedLinear(Function):
     @staticmethod
+    @without_views
     @without_autocast
     def forward(ctx: Any, x: Tensor, layout: Any, apart: bool, *flat: Tensor | None) -> tuple[Tensor, ...]:
         parts = list(_split(layout, flat))
@@ -184,8 +186,15 @@ def _in_order(parts: Sequence[Part], da: Tensor, dbs: Sequence[Tensor | None]) -
         yield from [None] * len(part.tensors)
 
 
+def _one(x: Tensor, part: Part) -> Tensor:
+    """The output of one part, differentiable in what of its base trains, too."""
+    if part.a is None or part.b is None:
+        return base_linear(x, part.base, *part.tensors)
+    return lora_linear(x, part.a, part.b, part.scale, part.base, *part.tensors)
+
+
 def stacked_linear(x: Tensor, parts: Sequence[Part], apart: bool = False) -> tuple[Tensor, ...]:
-    """The output of every part for x [..., in]; differentiable in x and the factors.
+    """The output of every part for x [..., in]; differentiable in x, the factors and what of a base trains.
 
     apart: keep outputs out of one memory, for callers that need one of them much longer than the others.
 
@@ -194,6 +203,8 @@ def stacked_linear(x: Tensor, parts: Sequence[Part], apart: bool = False) -> tup
     """
     if not parts:
         fail("stacked_linear", "parts", "one or more linears", "none", "call it with the linears of x")
+    if any(trains(part.tensors) for part in parts):
+        return tuple(_one(x, part) for part in parts)
     plain, cast = x, []
     for part in parts:
         x, tensors = cast_for_autocast(plain, part.base, part.tensors)

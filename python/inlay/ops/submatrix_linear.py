@@ -32,7 +32,9 @@ from inlay.ops._registry import (
     compute_dtype,
     fail,
     without_autocast,
+    without_views,
 )
+from inlay.ops.base_linear import base_linear, trains
 from inlay.ops.base_products import DenseBase, DenseBaseT, sums_at_once
 from inlay.ops.submatrix import (
     submatrix_add,
@@ -124,6 +126,7 @@ def add_backward_input(dx: Tensor, delta_dy: Tensor, values: Tensor, indices: Te
 
 class _AddDelta(Function):
     @staticmethod
+    @without_views
     @without_autocast
     def forward(ctx: Any, y: Tensor, x: Tensor, values: Tensor, indices: Tensor, side: str) -> Tensor:
         if side == "in":  # one pass over y: the sum goes straight into a new tensor
@@ -156,6 +159,7 @@ class _Linear(Function):
     """The base product and its delta in one node: dx is one tensor, into which the delta's part is added."""
 
     @staticmethod
+    @without_views
     @without_autocast
     def forward(
         ctx: Any,
@@ -215,7 +219,9 @@ def submatrix_add_delta(y: Tensor, x: Tensor, values: Tensor, indices: Tensor, s
 def submatrix_linear(
     x: Tensor, values: Tensor, indices: Tensor, side: str, base: Any, *base_tensors: Tensor | None
 ) -> Tensor:
-    """base(x) + x·ΔWᵀ; differentiable in x and values only."""
+    """base(x) + x·ΔWᵀ; differentiable in x and values, and in what of the base trains."""
+    if trains(base_tensors):
+        return submatrix_add_delta(base_linear(x, base, *base_tensors), x, values, indices, side)
     x, base_tensors = cast_for_autocast(x, base, base_tensors)
     _check("submatrix_linear", x, values, indices, side)
     return apply(_Linear, x, values, indices, side, base, False, *base_tensors)
@@ -227,6 +233,10 @@ def submatrix_linear_in_place(
     """The paper's form: `values` hold the chosen channels themselves and are copied into the weight first."""
     _check("submatrix_linear_in_place", x, values, indices, side)
     write_values(values, indices, side, base, base_tensors)
+    if trains(base_tensors):
+        weight = base.out_in(*base_tensors)
+        weight = weight.index_copy(1 if side == "in" else 0, indices, values.to(weight.dtype))
+        return base_linear(x, DenseBase, weight, base_tensors[1])
     x, base_tensors = cast_for_autocast(x, base, base_tensors)
     return apply(_Linear, x, values, indices, side, base, True, *base_tensors)
 

@@ -30,7 +30,9 @@ from inlay.ops._registry import (
     fail,
     raw_op,
     without_autocast,
+    without_views,
 )
+from inlay.ops.base_linear import base_linear, trains
 from inlay.ops.base_products import wide_sums
 from inlay.ops.submatrix import submatrix_gather, submatrix_grad
 from inlay.ops.submatrix_linear import (
@@ -40,6 +42,8 @@ from inlay.ops.submatrix_linear import (
     backward_input_with_delta,
     cast_for_autocast,
     forward_with_delta,
+    submatrix_linear,
+    submatrix_linear_in_place,
     write_values,
 )
 
@@ -145,6 +149,7 @@ def swiglu_backward(
 
 class _SwiGLU(Function):
     @staticmethod
+    @without_views
     @without_autocast
     def forward(ctx: Any, gate: Tensor, up: Tensor, act: str) -> Tensor:
         ctx.save_for_backward(gate, up)
@@ -164,6 +169,7 @@ class _SwiGLULinear(Function):
     """The down projection of act(gate)·up, with or without a submatrix delta on its input channels."""
 
     @staticmethod
+    @without_views
     @without_autocast
     def forward(
         ctx: Any,
@@ -216,7 +222,9 @@ def swiglu(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
 
 
 def swiglu_linear(gate: Tensor, up: Tensor, act: str, base: Any, *base_tensors: Tensor | None) -> Tensor:
-    """base(act(gate)·up), differentiable in gate and up; saves those two only."""
+    """base(act(gate)·up), differentiable in gate and up, and in what of the base trains; saves gate and up only."""
+    if trains(base_tensors):
+        return base_linear(swiglu(gate, up, act), base, *base_tensors)
     gate, up, base_tensors = _cast_for_autocast(gate, up, base, base_tensors)
     _check("swiglu_linear", gate, up, act)
     return apply(_SwiGLULinear, gate, up, None, None, act, base, False, *base_tensors)
@@ -236,6 +244,9 @@ def swiglu_submatrix_linear(
 
     in_place=True: `values` hold the chosen input channels themselves and are copied into the weight first.
     """
+    if trains(base_tensors):
+        linear = submatrix_linear_in_place if in_place else submatrix_linear
+        return linear(swiglu(gate, up, act), values, indices, "in", base, *base_tensors)
     _check("swiglu_submatrix_linear", gate, up, act)
     check_submatrix("swiglu_submatrix_linear", gate, values, indices, "in")
     if in_place:

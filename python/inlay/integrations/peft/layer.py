@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...bases.linear import is_conv1d, out_in_view
-from ...deltas import Delta, SubmatrixDelta
+from ...deltas import Delta, SubmatrixDelta, keeping_width
 from ...deltas.submatrix import Side
 from ...nn.tuned_linear import is_watched
 from ...ops.swiglu import swiglu
 from .base import OnQuantized, fused_base, weight_like
 from .internals import BaseTunerLayer, BufferDict, check_adapters_to_merge
+
+
+class WideParameters(nn.ParameterDict):
+    """Values by adapter name, which stay fp32 where the model goes to 16 bits."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        return super()._apply(keeping_width(fn), recurse)
 
 
 class HeldDelta(SubmatrixDelta):
@@ -53,7 +61,7 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         out_features, in_features = weight_like(base_layer).shape
         self.in_features, self.out_features = int(in_features), int(out_features)
-        self.s2ft_values = nn.ParameterDict()
+        self.s2ft_values = WideParameters()
         self.s2ft_indices = BufferDict(persistent=True)
         self.s2ft_deltas: dict[str, HeldDelta] = {}
         self.s2ft_unloaded: dict[str, bool] = {}  # adapters whose channels are still to come from a file

@@ -15,7 +15,7 @@ from ...deltas.submatrix import Side
 from ...model import sample_weights
 from ...nn.blocks import install_blocks
 from ...nn.mixed import unmix
-from ...nn.partial import install_partial_backprop
+from ...nn.partial import install_partial_backprop, remove_partial_backprop
 from ...targets import is_linear, resolve
 from ...tune import adopt_bitsandbytes, check_tunable
 from ..trl import watch
@@ -125,6 +125,7 @@ class S2FTModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         plain = super()._unload_and_optionally_merge(*args, **kwargs)
+        remove_partial_backprop(plain)
         for module in plain.modules():
             unmix(module)
         if self.call_watch is not None:

@@ -1,0 +1,280 @@
+"""Every differentiable op beside the same sum in plain torch: a table for tests of what holds for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from inlay import ops
+from inlay.bases.four_bit import FourBit
+from inlay.bases.int8 import Int8
+from inlay.ops.base_linear import base_linear
+from inlay.ops.base_products import DenseBase, DenseBaseT
+from inlay.ops.lora_linear import lora_linear, swiglu_lora_linear
+from inlay.ops.stacked_linear import Part, stacked_linear
+
+WIDE, NARROW, RANK = 24, 16, 3
+BASES = ("dense", "conv1d", "nf4", "nf4 double", "int8")
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))) * 0.5
+
+
+class Base:
+    """A linear on some base: what an op takes, and the dense weight ``[out, in]`` that plain torch takes."""
+
+    def __init__(self, kind: str, columns: int, rows: int, seed: int = 0) -> None:
+        weight, self.bias = numbers(rows, columns, seed=seed), numbers(rows, seed=seed + 1)
+        self.kind, self.trained = kind, []
+        if kind in ("dense", "conv1d"):
+            self.base = DenseBase if kind == "dense" else DenseBaseT
+            self.held = weight if kind == "dense" else weight.t().contiguous()
+            self.storage: tuple = (self.held,)
+            return
+        self.base = Int8(rows, columns) if kind == "int8" else FourBit(rows, columns, double_quant="double" in kind)
+        self.storage = self.base.quantize(weight, "a weight")
+        self.held = self.base.dequantize(torch.float32, *self.storage, None)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.held.t() if self.kind == "conv1d" else self.held
+
+    @property
+    def tensors(self) -> tuple:
+        return (*self.storage, self.bias)
+
+    def unfreeze(self) -> list[Tensor]:
+        """Let the bias train, and a dense weight."""
+        trained = [self.bias, *([self.held] if self.kind in ("dense", "conv1d") else [])]
+        return [tensor.requires_grad_(True) for tensor in trained]
+
+    def plain(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+@dataclass
+class Case:
+    """``ours()`` and ``plain()`` compute the same tensors from the same ``leaves``; ``bases`` are frozen."""
+
+    ours: Callable[[], Sequence[Tensor]]
+    plain: Callable[[], Sequence[Tensor]]
+    leaves: list[Tensor]
+    bases: list[Base]
+
+
+def leaf(*shape: int, seed: int = 0) -> Tensor:
+    return numbers(*shape, seed=seed).requires_grad_(True)
+
+
+def _delta(values: Tensor, indices: Tensor, side: str, base: Base) -> Tensor:
+    zero = torch.zeros(base.weight.shape)
+    return zero.index_copy(1 if side == "in" else 0, indices, values)
+
+
+def _submatrix(side: str, in_place: bool = False, gated: bool = False):
+    def make(kind: str, rows: int) -> Case:
+        base, x, up = Base(kind, WIDE, NARROW), leaf(2, rows, WIDE), leaf(2, rows, WIDE, seed=5)
+        indices = torch.tensor([1, 4, 9])
+        values = leaf(NARROW, 3, seed=7) if side == "in" else leaf(3, WIDE, seed=7)
+
+        def ours():
+            if gated:
+                return (
+                    ops.swiglu_submatrix_linear(
+                        x, up, "silu", values, indices, base.base, *base.tensors, in_place=in_place
+                    ),
+                )
+            op = ops.submatrix_linear_in_place if in_place else ops.submatrix_linear
+            return (op(x, values, indices, side, base.base, *base.tensors),)
+
+        def plain():
+            h = functional.silu(x) * up if gated else x
+            if in_place:
+                weight = base.weight.index_copy(1 if side == "in" else 0, indices, values)
+                return (functional.linear(h, weight, base.bias),)
+            return (base.plain(h) + functional.linear(h, _delta(values, indices, side, base)),)
+
+        return Case(ours, plain, [x, values, *([up] if gated else [])], [base])
+
+    return make
+
+
+def _add_delta(side: str):
+    def make(kind: str, rows: int) -> Case:
+        base, x = Base(kind, WIDE, NARROW), leaf(2, rows, WIDE)
+        indices = torch.tensor([1, 4, 9])
+        values = leaf(NARROW, 3, seed=7) if side == "in" else leaf(3, WIDE, seed=7)
+
+        def ours():
+            y = base_linear(x, base.base, *base.tensors)
+            return (ops.submatrix_add_delta(y, x, values, indices, side),)
+
+        def plain():
+            return (base.plain(x) + functional.linear(x, _delta(values, indices, side, base)),)
+
+        return Case(ours, plain, [x, values], [base])
+
+    return make
+
+
+def _alone(kind: str, rows: int) -> Case:
+    base, x = Base(kind, WIDE, NARROW), leaf(2, rows, WIDE)
+    return Case(lambda: (base_linear(x, base.base, *base.tensors),), lambda: (base.plain(x),), [x], [base])
+
+
+def _gated_alone(kind: str, rows: int) -> Case:
+    base, gate, up = Base(kind, WIDE, NARROW), leaf(2, rows, WIDE), leaf(2, rows, WIDE, seed=5)
+    return Case(
+        lambda: (ops.swiglu_linear(gate, up, "gelu", base.base, *base.tensors),),
+        lambda: (base.plain(functional.gelu(gate) * up),),
+        [gate, up],
+        [base],
+    )
+
+
+def _factors(columns: int, rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    return leaf(RANK, columns, seed=seed + 3), leaf(rows, RANK, seed=seed + 4)
+
+
+def _lora(dropped: bool = False, gated: bool = False):
+    def make(kind: str, rows: int) -> Case:
+        base, x, up = Base(kind, WIDE, NARROW), leaf(2, rows, WIDE), leaf(2, rows, WIDE, seed=5)
+        (a, b), mask = _factors(WIDE, NARROW), (numbers(2, rows, WIDE, seed=9) > 0).float()
+
+        def ours():
+            if gated:
+                return (swiglu_lora_linear(x, up, "silu", a, b, 2.0, base.base, *base.tensors),)
+            drop = x * mask if dropped else None
+            return (lora_linear(x, a, b, 2.0, base.base, *base.tensors, dropped=drop),)
+
+        def plain():
+            h = functional.silu(x) * up if gated else x
+            return (base.plain(h) + 2.0 * (h * mask if dropped else h) @ a.t() @ b.t(),)
+
+        return Case(ours, plain, [x, a, b, *([up] if gated else [])], [base])
+
+    return make
+
+
+def _stack(apart: bool, factors: Sequence[bool]):
+    def make(kind: str, rows: int) -> Case:
+        x = leaf(2, rows, WIDE)
+        bases = [Base(kind, WIDE, NARROW + 8 * i, seed=20 * i) for i in range(len(factors))]
+        pairs = [_factors(WIDE, NARROW + 8 * i, seed=30 * i) if f else None for i, f in enumerate(factors)]
+
+        def ours():
+            parts = [
+                Part(base.base, base.tensors, *(pair or (None, None)), 2.0)
+                for base, pair in zip(bases, pairs, strict=True)
+            ]
+            return stacked_linear(x, parts, apart)
+
+        def plain():
+            return [
+                base.plain(x) + (0 if pair is None else 2.0 * x @ pair[0].t() @ pair[1].t())
+                for base, pair in zip(bases, pairs, strict=True)
+            ]
+
+        return Case(ours, plain, [x, *(t for pair in pairs if pair for t in pair)], bases)
+
+    return make
+
+
+#: Ops that take a base, by name: ``make(kind of base, rows)``.
+ON_A_BASE = {
+    "base_linear": _alone,
+    "submatrix_linear in": _submatrix("in"),
+    "submatrix_linear out": _submatrix("out"),
+    "submatrix_linear_in_place in": _submatrix("in", in_place=True),
+    "submatrix_linear_in_place out": _submatrix("out", in_place=True),
+    "submatrix_add_delta in": _add_delta("in"),
+    "submatrix_add_delta out": _add_delta("out"),
+    "swiglu_linear": _gated_alone,
+    "swiglu_submatrix_linear": _submatrix("in", gated=True),
+    "swiglu_submatrix_linear in place": _submatrix("in", in_place=True, gated=True),
+    "lora_linear": _lora(),
+    "lora_linear dropped": _lora(dropped=True),
+    "swiglu_lora_linear": _lora(gated=True),
+    "stacked_linear": _stack(False, (True, True)),
+    "stacked_linear apart": _stack(True, (True, False, True)),
+    "stacked_linear frozen": _stack(False, (False, False)),
+}
+
+
+def fits(op: str, kind: str) -> bool:
+    """Values are written into dense weights alone."""
+    return "in place" not in op.replace("_", " ") or kind in ("dense", "conv1d")
+
+
+def _norm(offset: float):
+    def make() -> Case:
+        x, weight = leaf(2, 5, WIDE), leaf(WIDE, seed=1)
+
+        def plain():
+            return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * (offset + weight),)
+
+        return Case(lambda: (ops.rms_norm(x, weight, 1e-5, offset),), plain, [x, weight], [])
+
+    return make
+
+
+def _swiglu() -> Case:
+    gate, up = leaf(2, 5, WIDE), leaf(2, 5, WIDE, seed=5)
+    return Case(lambda: (ops.swiglu(gate, up),), lambda: (functional.silu(gate) * up,), [gate, up], [])
+
+
+def _rope(trained_angles: bool):
+    def make() -> Case:
+        q, k = leaf(2, 4, 5, 8), leaf(2, 2, 5, 8)
+        angles = numbers(1, 5, 4, seed=3).repeat(1, 1, 2)
+        cos, sin = (f(angles).requires_grad_(trained_angles) for f in (torch.cos, torch.sin))
+
+        def rotate(x):
+            half = torch.cat((-x[..., 4:], x[..., :4]), dim=-1)
+            return x * cos[:, None] + half * sin[:, None]
+
+        leaves = [q, k, *([cos, sin] if trained_angles else [])]
+        return Case(lambda: ops.rope(q, k, cos, sin), lambda: (rotate(q), rotate(k)), leaves, [])
+
+    return make
+
+
+def _attention() -> Case:
+    q, k, v = leaf(2, 4, 5, 8), leaf(2, 2, 5, 8), leaf(2, 2, 5, 8, seed=2)
+
+    def plain():
+        keys, values = (t.repeat_interleave(2, 1) for t in (k, v))
+        scores = (q @ keys.transpose(-1, -2)) * 8**-0.5
+        return (scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf).softmax(-1) @ values,)
+
+    return Case(lambda: (ops.causal_attention(q, k, v),), plain, [q, k, v], [])
+
+
+def _loss() -> Case:
+    hidden, head = leaf(2, 5, WIDE), nn.Linear(WIDE, 17)
+    labels = torch.tensor([[1, 5, -100, 3, 2], [0, 16, 4, -100, 9]])
+
+    def ours():
+        return (ops.linear_cross_entropy(hidden, head.weight, labels, bias=head.bias),)
+
+    def plain():
+        return (functional.cross_entropy(head(hidden).flatten(0, 1), labels.flatten()),)
+
+    return Case(ours, plain, [hidden, head.weight, head.bias], [])
+
+
+#: Ops that take no base.
+WITHOUT_A_BASE: dict[str, Callable[[], Case]] = {
+    "rms_norm": _norm(0.0),
+    "rms_norm with offset": _norm(1.0),
+    "swiglu": _swiglu,
+    "rope": _rope(False),
+    "rope, trained angles": _rope(True),
+    "causal_attention": _attention,
+    "linear_cross_entropy": _loss,
+}
