@@ -9,11 +9,13 @@ accelerate shards what is an instance of the first block's class.
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ..integrations.transformers import checkpoints_reentrantly
+from ..task_head import task_head
 from .mixed import Mixed, mix, unmix
 
 
@@ -26,9 +28,20 @@ def block_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     return stacks
 
 
+_HEADS: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
+
+
+def head_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """How names of parameters of the task's head begin, which reads what the blocks made."""
+    if model not in _HEADS:
+        _HEADS[model] = tuple(f"{name}." for name in task_head(model))
+    return _HEADS[model]
+
+
 def first_trained_block(model: nn.Module) -> nn.Module | None:
     """The first block that holds a trainable, if everything trained before the head is in one stack; else None."""
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    after = head_prefixes(model)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and not name.startswith(after)]
     for name, stack in block_stacks(model).items():
         inside = [n for n in trained if n.startswith(f"{name}.")]
         if not inside:
