@@ -31,7 +31,7 @@ def task_head(model: nn.Module) -> list[str]:
 
     A task model is one of transformers' auto classes for a task, or any other with a linear of ``num_labels`` outputs
     outside its base model, that generates nothing and has no output embedding. Its head is all that is outside the
-    base model; where the base holds the head too, its last linear, if it has ``num_labels`` outputs.
+    base model; where the base holds the head too, the linears with ``num_labels`` outputs.
     """
     config = getattr(model, "config", None)
     labels = getattr(config, "num_labels", None)
@@ -39,7 +39,7 @@ def task_head(model: nn.Module) -> list[str]:
         return []
     outside = _outside(model)
     if is_task_class(type(model)):
-        return outside or _last_linear(model, labels)
+        return outside or _linears_of_labels(model, labels)
     linears = {name: m for name, m in model.named_modules() if is_linear(m) and _within(name, outside)}
     return outside if any(_outputs(m) == labels for m in linears.values()) else []
 
@@ -62,29 +62,40 @@ def _task_classes() -> frozenset[str]:
 
 
 def _generates(model: Any) -> bool:
+    """Whether it is a language model: by its output embedding, or, for a class of no task, because it can generate."""
+    task = is_task_class(type(model))
     can = getattr(model, "can_generate", None)
-    if callable(can) and can():
-        return True
-    return not is_task_class(type(model)) and model.get_output_embeddings() is not None
+    generates = bool(callable(can) and can())
+    return (generates if task else True) and model.get_output_embeddings() is not None or (generates and not task)
+
+
+def _bases(model: Any) -> list[nn.Module]:
+    """The base model inside, by its name or as a backbone; else all children that are models, and their embeddings."""
+    for name in (getattr(model, "base_model_prefix", ""), "backbone"):
+        if isinstance(model._modules.get(name), nn.Module):
+            return [model._modules[name]]
+    models = [child for child in model.children() if hasattr(child, "base_model_prefix")]
+    shared = [child for child in model.children() if isinstance(child, nn.Embedding)]
+    return models + shared if models else []
 
 
 def _outside(model: nn.Module) -> list[str]:
     """Top-level modules and tensors with weights outside the base model; none where there is no base model inside."""
-    base: Any = model._modules.get(getattr(model, "base_model_prefix", ""))
-    if base is None:
+    bases = _bases(model)
+    if not bases:
         return []
-    inside = {id(parameter) for parameter in base.parameters()}
+    inside = {id(parameter) for base in bases for parameter in base.parameters()}
     found: dict[str, None] = {}
     for name, parameter in model.named_parameters():
         if id(parameter) not in inside:
             found.setdefault(name.split(".")[0])
-    return [name for name in found if model._modules.get(name) is not base]
+    return [name for name in found if not any(model._modules.get(name) is base for base in bases)]
 
 
-def _last_linear(model: nn.Module, labels: int) -> list[str]:
-    name, last = ([("", nn.Identity()), *((n, m) for n, m in model.named_modules() if is_linear(m))])[-1]
-    if _outputs(last) == labels:
-        return [name]
+def _linears_of_labels(model: nn.Module, labels: int) -> list[str]:
+    found = [name for name, module in model.named_modules() if is_linear(module) and _outputs(module) == labels]
+    if found and labels not in (getattr(model.config, width, None) for width in ("hidden_size", "d_model")):
+        return found
     warnings.warn(
         f"no head found in this {type(model).__name__} to train and save with the adapter; if it has one, name it: "
         "modules_to_save=[...]",

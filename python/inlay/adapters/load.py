@@ -89,7 +89,7 @@ def load(
     sample, marks = sample_weights(model, list(deltas)), fingerprint(model, list(deltas), whole)
     loose = [key for key in ours.get("unfrozen") or () if key in whole]
     if base is not None:
-        method.quantize(model, base.leaving([key.rpartition(".")[0] for key in whole]), deltas)
+        method.quantize(model, base.leaving(whole), deltas)
         for path, tensors in grouped.items():  # which quantizing may have initialized again
             deltas[path].load(tensors, path)
     attach(

@@ -29,6 +29,7 @@ from .files import (
     peft_keys,
     write_files,
 )
+from .peft_rules import peft_targets
 
 
 def save_adapter(
@@ -53,11 +54,13 @@ def save_adapter(
         return  # this process was needed to gather
     check_worth_saving(model, name, tensors, checkpoint=Path(directory).name.startswith("checkpoint-"))
     method = state.methods[name]
+    tuned = [path for path, module in tuned_linears(model).items() if name in module.deltas]
     config = {
         **peft_keys(model),
-        **method.peft_fields([path for path, module in tuned_linears(model).items() if name in module.deltas]),
+        **method.peft_fields(tuned),
         "peft_type": method.peft_type,
         "modules_to_save": peft_modules(model, method),
+        **(peft_targets(model, tuned) if method.peft_type == "LORA" else {}),
         "inlay": {
             "base": None if state.base is None else state.base.to_dict(),
             "base_sample": state.base_sample,

@@ -70,14 +70,14 @@ class BaseConfig:
                 raise ValueError(f"skip_modules or overrides name {suffix!r}, which no linear of this model ends in")
         heads = output_head_names(model) | set(_within(found, task_head(model))) if self.skip_modules is None else set()
         heads = {head for head in heads if not any(suffix_match(head, suffix) for suffix in self.overrides)}
-        heads |= set(_within(found, self.whole))
+        heads |= set(self.whole)
         chosen = {name: self.base_of(name) for name in found if name not in heads}
         return {name: base for name, base in chosen.items() if base is not None}
 
-    def leaving(self, whole: Sequence[str]) -> BaseConfig:
-        """The same, but the linears in the modules ``whole``, which train as they are, stay dense."""
+    def leaving(self, whole: Iterable[str]) -> BaseConfig:
+        """The same, but linears that hold one of the tensors ``whole`` (state-dict keys), which train, stay dense."""
         config = replace(self)
-        config.__dict__["whole"] = tuple(whole)
+        config.__dict__["whole"] = tuple(key.rpartition(".")[0] for key in whole)
         return config
 
     def to_dict(self) -> dict[str, Any]:

@@ -73,18 +73,22 @@ class TrainedWhole(Mixed):
         for name, held in self.inlay_whole.items():
             live = _get(self, name)
             if held.active is not None:
-                _keep_dtype(live, before[name])
-                held.original.data = fn(held.original.data)
+                if live.dtype != before[name].dtype:
+                    live.data = before[name].to(live.device)
+                held.original = _moved(held.original, fn(held.original.data))
             for adapter, other in held.copies.items():
                 if adapter != held.active and other is not live:
-                    kept, other.data = other.data, fn(other.data)
-                    _keep_dtype(other, kept)
+                    device = fn(torch.empty(0, device=other.device, dtype=other.dtype)).device
+                    held.copies[adapter] = _moved(other, other.data.to(device))
         return self
 
 
-def _keep_dtype(moved: Tensor, before: Tensor) -> None:
-    if moved.dtype != before.dtype:
-        moved.data = before.to(moved.device)
+def _moved(tensor: Tensor, value: Tensor) -> Tensor:
+    """``tensor`` with ``value``; the same object where torch allows it, as an optimizer may hold it."""
+    if not torch._has_compatible_shallow_copy_type(tensor, value):
+        return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+    tensor.data = value
+    return tensor
 
 
 def _get(module: nn.Module, name: str) -> Tensor:
