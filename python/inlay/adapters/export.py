@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,11 +10,9 @@ from torch import Tensor, nn
 
 from ..bases.linear import is_conv1d
 from ..model import require_state, tuned_linears
-from ..nn.whole import owners, unfrozen, whole_tensors
-from ..sharding import whole
 from .files import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME, peft_keys, read_json, write_files
 from .peft_rules import check_accepted, check_in_peft, peft_targets
-from .save import check_worth_saving, peft_modules
+from .save import check_worth_saving, in_file, peft_modules, tied_option
 
 FORMATS = ("peft-lora", "vllm-lora")
 
@@ -79,16 +76,10 @@ def export(model: nn.Module, directory: str | Path, *, format: str = "peft-lora"
 
 def whole_in_file(model: nn.Module, name: str, format: str) -> dict[str, Tensor]:
     """What adapter ``name`` trains whole and what the user unfroze, by key in the file; ValueError for vLLM."""
-    held = whole_tensors(model, name) | unfrozen(model)
+    held = in_file(model, name)
     if held and format == "vllm-lora":
         raise ValueError(f"vllm-lora: {next(iter(held))} trained whole, which vLLM does not load; merge instead")
-    return {f"{KEY_PREFIX}{key}": whole(tensor).detach() for key, tensor in held.items()}
-
-
-def tied_option(model: nn.Module, name: str) -> dict[str, bool]:
-    """PEFT's ``ensure_weight_tying``, where a tensor trained whole is held by two modules."""
-    holders = Counter(id(held) for _, _, _, held in owners(model) if name in held.copies)
-    return {"ensure_weight_tying": True} if any(count > 1 for count in holders.values()) else {}
+    return {f"{KEY_PREFIX}{key}": tensor for key, tensor in held.items()}
 
 
 def vllm_rank(model: nn.Module, linears: Mapping[str, nn.Module], rank: int) -> int:

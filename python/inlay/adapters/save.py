@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def save_adapter(
         **method.peft_fields(tuned),
         "peft_type": method.peft_type,
         "modules_to_save": peft_modules(model, method),
-        **(peft_targets(model, tuned) if method.peft_type == "LORA" else {}),
+        **(peft_targets(model, tuned) | tied_option(model, name) if method.peft_type == "LORA" else {}),
         "inlay": {
             "base": None if state.base is None else state.base.to_dict(),
             "base_sample": state.base_sample,
@@ -70,6 +71,7 @@ def save_adapter(
             "unfrozen": sorted(unfrozen(model)),
             "version": __version__,
             "vocabulary": vocabulary_of(model),
+            "whole": sorted(whole_tensors(model, name)),
         },
     }
     card = _card(model, state, name)
@@ -90,9 +92,26 @@ def collect(
             value = whole((state_dict or {}).get(full, tensor))
             tensors[f"{KEY_PREFIX}{path}.{key}"] = value
             resume[full] = value
-    for key, tensor in (whole_tensors(model, name) | unfrozen(model)).items():
-        tensors[f"{KEY_PREFIX}{key}"] = resume[key] = whole((state_dict or {}).get(key, tensor)).detach()
+    for key, value in in_file(model, name, state_dict).items():
+        tensors[f"{KEY_PREFIX}{key}"] = resume[key] = value
     return tensors, resume
+
+
+def in_file(model: nn.Module, name: str, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """What adapter ``name`` trains whole and what the user unfroze, by state-dict key; tied tensors apart."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, tensor in (whole_tensors(model, name) | unfrozen(model)).items():
+        value = whole((state_dict or {}).get(key, tensor)).detach()
+        found[key] = value.clone() if id(tensor) in seen else value  # safetensors takes no shared memory
+        seen.add(id(tensor))
+    return found
+
+
+def tied_option(model: nn.Module, name: str) -> dict[str, bool]:
+    """PEFT's ``ensure_weight_tying``, where a tensor trained whole is held by two modules."""
+    holders = Counter(id(held) for _, _, _, held in owners(model) if name in held.copies)
+    return {"ensure_weight_tying": True} if any(count > 1 for count in holders.values()) else {}
 
 
 def deltas_in(resume: Mapping[str, Tensor]) -> int:

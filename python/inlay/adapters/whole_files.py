@@ -29,12 +29,13 @@ def named_modules_of(config: Mapping[str, Any], method: Method) -> list[str]:
 def take_whole(tensors: dict[str, Tensor], config: Mapping[str, Any], method: Method) -> dict[str, Tensor]:
     """Remove from an adapter file's ``tensors`` those trained whole; by state-dict key of the model."""
     names = named_modules_of(config, method)
-    loose = set((config.get("inlay") or {}).get("unfrozen") or ())
+    ours = config.get("inlay")
+    loose = {*(ours.get("unfrozen") or ()), *(ours.get("whole") or ())} if ours is not None else set()
     found = {}
     for stored in list(tensors):
         key = stored.removeprefix(KEY_PREFIX)
         delta = any(key.endswith(f".{leaf}") for leaf in STORED_KEYS)
-        if stored.startswith(KEY_PREFIX) and not delta and (key in loose or _is_named(key, names)):
+        if stored.startswith(KEY_PREFIX) and not delta and (ours is None or key in loose or _is_named(key, names)):
             found[key] = tensors.pop(stored)
     return found
 

@@ -109,14 +109,12 @@ def owners(model: nn.Module) -> Iterator[tuple[str, TrainedWhole, str, WholeTens
 
 
 def whole_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """What ``adapter`` trains whole, by state-dict key, as it is now; a tied tensor under its first key."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for key, module, name, held in owners(model):
-        if adapter in held.copies and id(held) not in seen:
-            seen.add(id(held))
-            found[key] = _get(module, name) if held.active == adapter else held.copies[adapter]
-    return found
+    """What ``adapter`` trains whole, by state-dict key, as it is now; a tied tensor under every key it has."""
+    return {
+        key: _get(module, name) if held.active == adapter else held.copies[adapter]
+        for key, module, name, held in owners(model)
+        if adapter in held.copies
+    }
 
 
 def unfrozen(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -183,7 +181,7 @@ def check_whole(model: nn.Module, adapter: str, values: Mapping[str, Tensor | No
 
 def _owner(model: nn.Module, key: str) -> tuple[nn.Module, str]:
     path, _, name = key.rpartition(".")
-    module = model.get_submodule(path)
+    module = dict(model.named_modules()).get(path, nn.Identity())
     if module._parameters.get(name) is None and module._buffers.get(name) is None:
         raise ValueError(f"the adapter holds {key!r}, which this {type(model).__name__} lacks; load its own base")
     return module, name
