@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..bases.linear import is_conv1d, out_in_view
 from ..bases.quantized import dense_linear
-from ..fingerprint import allowed, distance, mark, warn_if_off
+from ..fingerprint import distance, mark, warn_if_off
 from ..methods import Method
 from .files import CONFIG_NAME, WEIGHTS_NAME, read_json, read_tensors
 from .load import check_sample, group_by_module, method_of
@@ -66,7 +66,7 @@ def merge_files(base: str | Path, adapter: str | Path, output: str | Path) -> No
             tensors[key] = _replaced(tensors[key], whole[key], key)
         save_file(tensors, str(output / file.name), metadata=metadata or {"format": "pt"})
     _copy_the_rest(base, output, {file.name for file in files.values()})
-    warn_if_off(off, allowed(ours.get("fingerprint", {}).get("stored", "dense"), "dense"), str(base))
+    warn_if_off(off, linears, (ours.get("fingerprint") or {}).get("stored", "dense"), "dense", what=str(base))
 
 
 def _linears(base: Path) -> dict[str, nn.Module]:

@@ -162,4 +162,4 @@ def check_fingerprint(
                 f"{key} differs by {value:.0%} of its size from that in training, and the adapter does not hold it: "
                 "its head was frozen (modules_to_save=[]); load the base with that head, or pass check_base=False"
             )
-    warn_if_off(off, allowed(*stored))
+    warn_if_off(off, tuned, *stored)
