@@ -44,6 +44,7 @@ class TrainedWhole(Mixed):
     """Mixin of a module that holds tensors trained whole: it computes in the base's dtype."""
 
     inlay_whole: dict[str, WholeTensor]  # by the name of the tensor in this module
+    inlay_kind: str  # "linear" or "embedding" where torch's own forward is the one behind this
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         cast = {
@@ -53,18 +54,14 @@ class TrainedWhole(Mixed):
         }
         if not cast:
             return super().forward(*args, **kwargs)
-        if isinstance(self, nn.Embedding) and type(self).forward_of_plain() is nn.Embedding.forward:
+        if self.inlay_kind == "embedding":
             return super().forward(*args, **kwargs).to(cast["weight"])  # the rows looked up, not the whole table
+        if self.inlay_kind == "linear":  # as the twin would compute it, in a form that torch.compile can follow
+            weight, bias = (_cast(self, cast, name) for name in ("weight", "bias"))
+            return nn.functional.linear(args[0] if args else kwargs["input"], weight, bias)
         twin = copy.copy(self)
-        twin.__dict__["_parameters"] = {
-            name: tensor.to(cast[name]) if name in cast else tensor for name, tensor in self._parameters.items()
-        }
+        twin.__dict__["_parameters"] = {name: _cast(self, cast, name) for name in self._parameters}
         return super(TrainedWhole, twin).forward(*args, **kwargs)
-
-    @classmethod
-    def forward_of_plain(cls) -> Any:
-        """The ``forward`` that this mixin stands in front of."""
-        return super().forward
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         """Moves between devices take the copies along; no dtype move rounds what is being trained."""
@@ -89,6 +86,11 @@ def _moved(tensor: Tensor, value: Tensor) -> Tensor:
         return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
     tensor.data = value
     return tensor
+
+
+def _cast(module: nn.Module, dtypes: Mapping[str, torch.dtype], name: str) -> Any:
+    held = module._parameters[name]
+    return held.to(dtypes[name]) if held is not None and name in dtypes else held
 
 
 def _get(module: nn.Module, name: str) -> Tensor:
@@ -236,6 +238,8 @@ def _mark(model: nn.Module, module: nn.Module) -> None:
         remove_head(model)
     while isinstance(module, (*_FUSED, StopsBackprop)):  # the latter is put back with the next switch
         unmix(module)
+    known = {nn.Linear.forward: "linear", nn.Embedding.forward: "embedding"}
+    module.inlay_kind = known.get(type(module).forward, "")
     mix(module, TrainedWhole)
     module.inlay_whole = {}
 
