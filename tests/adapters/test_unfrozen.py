@@ -120,3 +120,19 @@ def test_a_tuned_model_is_not_resized_by_a_second_adapter(tmp_path):
     unfrozen(["embed_tokens", "lm_head"], lambda: model).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="trained with 101 tokens"):
         inlay.load(inlay.tune(llama(), inlay.LoRA(r=4)), tmp_path, name="second")
+
+
+def test_the_weighted_sum_takes_them_in(tmp_path):
+    unfrozen(["model.norm"]).save_pretrained(tmp_path / "one")
+    unfrozen(["model.norm", "up_proj"]).save_pretrained(tmp_path / "two")
+    model = inlay.load(llama(), tmp_path / "one", name="one")
+    inlay.load(model, tmp_path / "two", name="two")
+    model.add_weighted_adapter(["one", "two"], [0.5, 0.25], "mix")
+    model.set_adapter("mix")
+    key, start = "model.norm.weight", llama().model.norm.weight
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    wanted = start + 0.5 * (files[0][key] - start) + 0.25 * (files[1][key] - start)
+    assert_close(model.model.norm.weight, wanted, atol=1e-6, what="norm")
+    model.delete_adapter("one")
+    model.delete_adapter("two")
+    eval_logits(model, text_batch(1))

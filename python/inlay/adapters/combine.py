@@ -51,7 +51,15 @@ def add_weighted_adapter(
     whole: dict[str, Tensor | None] = dict(combined_whole(model, adapters, weights))
     method = replace(method, modules_to_save=_modules_of(methods))
     attach(
-        model, method, deltas, adapter_name, sample=state.base_sample, whole=whole, fused_blocks=False, fused_loss=False
+        model,
+        method,
+        deltas,
+        adapter_name,
+        sample=state.base_sample,
+        whole=whole,
+        as_base=_unfrozen_by_user(model, adapters),
+        fused_blocks=False,
+        fused_loss=False,
     )
     model.set_adapter(active)
     return model
@@ -72,3 +80,12 @@ def combined_whole(model: nn.Module, adapters: Sequence[str], weights: Sequence[
 
 def _modules_of(methods: Sequence[Method]) -> list[str] | None:
     return list(dict.fromkeys(name for method in methods for name in method.modules_to_save or ())) or None
+
+
+def _unfrozen_by_user(model: nn.Module, adapters: Sequence[str]) -> list[str]:
+    """Keys of tensors whose copies have the base's dtype in every adapter that has one."""
+    return [
+        key
+        for key, _, _, held in owners(model)
+        if all(held.copies[name].dtype == held.original.dtype for name in adapters if name in held.copies)
+    ]

@@ -32,9 +32,13 @@ _HEADS: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
 
 
 def head_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """How names of parameters of the task's head begin, which reads what the blocks made."""
+    """How names of parameters of the task's head begin, where all other weights stand before it, as it reads them."""
     if model not in _HEADS:
-        _HEADS[model] = tuple(f"{name}." for name in task_head(model))
+        head = task_head(model)
+        children = [name for name, child in model.named_children() if next(child.parameters(), None) is not None]
+        rest = [place for place, name in enumerate(children) if name not in head]
+        after = children[rest[-1] + 1 :] if rest else []
+        _HEADS[model] = tuple(f"{name}." for name in head if name in after)
     return _HEADS[model]
 
 
