@@ -41,7 +41,11 @@ SHAPES: dict[str, tuple[str, Callable[[random.Random], list[int]], dict[str, Any
         lambda draw: [draw.randrange(20, 120) for _ in range(60)],
         {"per_device_train_batch_size": 4, "packing": True, "max_length": 256},
     ),
-    "long": ("bfloat16", lambda draw: [draw.randrange(512, 1025) for _ in range(8)], {"per_device_train_batch_size": 1}),
+    "long": (
+        "bfloat16",
+        lambda draw: [draw.randrange(512, 1025) for _ in range(8)],
+        {"per_device_train_batch_size": 1},
+    ),
 }
 
 
@@ -72,7 +76,9 @@ def run(model_name: str, method: str, shape: str) -> dict[str, Any]:
 
     train, held_out = records(lengths(draw)), records([draw.randrange(10, 200) for _ in range(12)])
     given = {"max_length": 1024, "eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 4}
-    result = inlay.finetune(model, numbers(vocabulary), train, eval_data=held_out, disable_tqdm=True, **(given | options))
+    result = inlay.finetune(
+        model, numbers(vocabulary), train, eval_data=held_out, disable_tqdm=True, **(given | options)
+    )
     return {
         "shape": shape,
         "expected": result.expected_memory_bytes,

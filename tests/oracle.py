@@ -17,6 +17,7 @@ import inlay
 from inlay.bases.linear import is_conv1d
 from inlay.deltas import SubmatrixDelta
 from inlay.model import tuned_linears
+from inlay.nn.whole import whole_tensors
 
 
 def deltas_of(model: nn.Module, name: str = "default") -> dict[str, SubmatrixDelta]:
@@ -51,10 +52,25 @@ class MaskedFineTuning:
         gradients: the unmasked weight gradients of the last step, by module name.
     """
 
-    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor], *, pull: float = 0.0, **adamw: Any) -> None:
-        self.model, self.masks, self.pull = model, masks, pull
+    def __init__(
+        self,
+        model: nn.Module,
+        masks: Mapping[str, Tensor],
+        *,
+        whole: Iterable[str] = (),
+        pull: float = 0.0,
+        **adamw: Any,
+    ) -> None:
+        """``whole``: parameters by name that train whole, beside the masked weights."""
+        self.model, self.pull = model, pull
         model.requires_grad_(False)
         self.weights = {name: model.get_submodule(name).weight.requires_grad_(True) for name in masks}
+        self.weights |= {name: model.get_parameter(name).requires_grad_(True) for name in whole}
+        self.masks: dict[str, Tensor] = {
+            name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self.weights.items()
+        }
+        self.masks |= masks
+        self.deltas = set(masks)
         self.start = {name: weight.detach().clone() for name, weight in self.weights.items()}
         self.optimizer = torch.optim.AdamW(self.weights.values(), **adamw)
         self.gradients: dict[str, Tensor] = {}
@@ -72,7 +88,8 @@ class MaskedFineTuning:
             for name, weight in self.weights.items():
                 weight.grad.mul_(self.masks[name])
                 lr = self.optimizer.param_groups[0]["lr"]
-                weight.sub_(lr * self.pull * (weight - self.start[name]))  # decay towards the base
+                # decay of a delta is towards the base, of what trains whole towards zero
+                weight.sub_(lr * self.pull * (weight - self.start[name] if name in self.deltas else weight))
             self.optimizer.step()
             for name, weight in self.weights.items():
                 weight.copy_(torch.where(self.masks[name], weight, self.start[name]))
@@ -104,7 +121,8 @@ def assert_equals_masked(
     """Train both and compare gradients of the first step, the loss series, and all weights after the last."""
     before = {name: tensor.clone() for name, tensor in eager.state_dict().items()}
     masks = {path: trained_mask(tuned, path) for path in deltas_of(tuned)}
-    masked = MaskedFineTuning(eager, masks, pull=pull, **adamw)
+    heads = whole_tensors(tuned, "default")
+    masked = MaskedFineTuning(eager, masks, whole=heads, pull=pull, **adamw)
 
     wanted = [masked.step([batches[0]])]
     ours = train(tuned, optimizer, batches[:1])
@@ -114,6 +132,10 @@ def assert_equals_masked(
         # Against float64, either side's error in fp32 is up to 7e-6 of the largest (T5, whose attention is not scaled).
         allowed = 3 * tolerance * float(full.abs().max())
         assert_close(delta.s2ft_values.grad, full, atol=allowed, what=f"gradient of {path}")
+    for key, head in heads.items():
+        full = masked.gradients[key]
+        assert bool(full.any()), f"{key}: the oracle has no gradient, which would prove nothing"
+        assert_close(head.grad, full, atol=3 * tolerance * float(full.abs().max()), what=f"gradient of {key}")
 
     wanted += [masked.step([batch]) for batch in batches[1:]]
     ours += train(tuned, optimizer, batches[1:])
@@ -128,6 +150,8 @@ def assert_equals_masked(
         if key.endswith(".weight") and path in masks:
             assert_equal(merged[key][~masks[path]], before[key][~masks[path]], f"untrained entries of {key}")
             assert not torch.equal(merged[key][masks[path]], before[key][masks[path]]), f"{key} did not train"
+        elif key in heads:
+            assert not torch.equal(merged[key], before[key]), f"{key} did not train"
         else:
             assert_equal(merged[key], before[key], key)
 

@@ -29,7 +29,8 @@ OPTIONS = {
 def peft_model(model, ours, **options):
     """``model`` under PEFT's LoRA on the linears that ``ours`` tunes, with its A."""
     targets = sorted(tuned_linears(ours))
-    theirs = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, **options))
+    head = ours.inlay_state.methods["default"].modules_to_save
+    theirs = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, modules_to_save=head, **options))
     factors = {}
     for name, module in theirs.base_model.model.named_modules():
         if name in targets:

@@ -14,6 +14,7 @@ from torch import nn
 import inlay
 from inlay.model import tuned_linears
 from inlay.nn.mixed import Mixed
+from inlay.nn.whole import whole_tensors
 
 UPDATES = ["additive", "in_place"]
 
@@ -87,11 +88,12 @@ def test_trained_bfloat16_error_is_at_most_the_merged_ones(update):
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
-def test_only_deltas_train(family):
+def test_only_deltas_and_a_task_head_train(family):
     model, tuned = tuned_pair(family)
     trainable = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
     assert len(deltas_of(tuned)) == family.targets
-    assert sorted(trainable) == sorted(f"{path}.deltas.default.s2ft_values" for path in deltas_of(tuned))
+    head = ["classifier.weight", "classifier.bias"] if family.name in ("bert", "vit") else []
+    assert sorted(trainable) == sorted([*head, *(f"{path}.deltas.default.s2ft_values" for path in deltas_of(tuned))])
     assert all(p.dtype is torch.float32 for p in trainable.values())
     kept = {key: tensor for key, tensor in tuned.state_dict().items() if ".deltas." not in key}
     assert_state_equal(kept, model.state_dict())
@@ -308,10 +310,11 @@ def full_gradients(model, tuned, batch) -> dict[str, torch.Tensor]:
     model.zero_grad()
     model(**batch).loss.backward()
     weights = {path: model.get_submodule(path).weight for path in deltas_of(tuned)}
-    return {
+    deltas = {
         f"{path}.deltas.default.s2ft_values": trained_entries(tuned, path, weight.grad)
         for path, weight in weights.items()
     }
+    return deltas | {key: model.get_parameter(key).grad for key in whole_tensors(tuned, "default")}
 
 
 def test_switches_turn_fusion_off():

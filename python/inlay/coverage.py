@@ -9,6 +9,7 @@ from torch import nn
 
 from .bases.quantized import QuantizedWeight
 from .model import tuned_linears
+from .nn.whole import owners
 from .targets import is_linear
 
 
@@ -18,7 +19,8 @@ class Row:
 
     Attributes:
         name: last part of the module's name, or of the parameter's for weights that are no linear's.
-        shape: of one of them, as stored in a dense checkpoint. count: how many. tuned: how many carry a delta.
+        shape: of one of them, as stored in a dense checkpoint. count: how many. tuned: how many carry a delta or
+            train whole.
         base: dtype or quantized storage. linear: False for fused expert weights, which no method covers.
     """
 
@@ -32,7 +34,7 @@ class Row:
 
 def coverage(model: nn.Module) -> list[Row]:
     """A row for each kind of linear, and of fused expert weight (3-D Parameters that are no linear's), in order."""
-    tuned = tuned_linears(model)
+    tuned = {*tuned_linears(model), *(key.rpartition(".")[0] for key, _, _, held in owners(model) if held.active)}
     rows: dict[tuple, Row] = {}
 
     def count(name: str, shape: tuple[int, ...], is_tuned: bool, base: str, linear: bool) -> None:

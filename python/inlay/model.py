@@ -18,6 +18,14 @@ from .nn.head import remove_head
 from .nn.mixed import Mixed, mix, unmix
 from .nn.partial import install_partial_backprop, remove_partial_backprop
 from .nn.tuned_linear import TunedLinear
+from .nn.whole import (
+    active_whole,
+    owners,
+    remove_whole,
+    restore_whole,
+    switch_whole,
+    train_whole,
+)
 from .sharding import any_sharded, is_sharded
 
 STATE_ATTRIBUTE = "inlay_state"
@@ -33,6 +41,7 @@ class TuneState:
         methods: adapters by name, with the config each was made from.
         active: names of the adapters that are on, in order.
         base_sample: a few values of some tuned base weights, to recognise the base again at load.
+        fingerprint: marks of many more, to measure how far a base is off; see :mod:`inlay.fingerprint`.
         base: how ``tune(base=...)`` or ``load(base=...)`` quantized the model, None if they did not.
         handles: hooks installed on the model; each has ``remove()``.
     """
@@ -40,6 +49,7 @@ class TuneState:
     methods: dict[str, Method] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     base_sample: dict[str, list[float]] = field(default_factory=dict)
+    fingerprint: dict[str, Any] = field(default_factory=dict)
     base: BaseConfig | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
 
@@ -84,6 +94,8 @@ def sample_of(weight: Tensor) -> list[float]:
 class TunedModel(Mixed):
     """Methods a tuned model gains. ``tune`` mixes this into the model's own class."""
 
+    inlay_state: TuneState
+
     def print_trainable_parameters(self) -> None:
         """Print trainable and total parameter counts, PEFT's line."""
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
@@ -123,6 +135,8 @@ class TunedModel(Mixed):
         for name in names:
             if name not in state.methods:
                 raise ValueError(f"no adapter {name!r}; there are {sorted(state.methods)}")
+        switch_whole(self, names)
+        train_whole(self, names)
         state.active = names
         for module in tuned_linears(self).values():
             module.active = names
@@ -138,12 +152,14 @@ class TunedModel(Mixed):
 
     def disable_adapters(self) -> None:
         """Behave as the base model until :meth:`enable_adapters` or :meth:`set_adapter`."""
+        switch_whole(self, ())
         for module in tuned_linears(self).values():
             module.active = ()
             module.sync()
 
     def enable_adapters(self) -> None:
         """Undo :meth:`disable_adapters`."""
+        switch_whole(self, require_state(self, "enable_adapters").active)
         for module in tuned_linears(self).values():
             module.active = require_state(self, "enable_adapters").active
             module.sync()
@@ -158,6 +174,7 @@ class TunedModel(Mixed):
         for module in tuned_linears(self).values():
             if adapter_name in module.deltas:
                 module.remove_delta(adapter_name)
+        remove_whole(self, adapter_name)
 
     def load_adapter(self, directory: str, adapter_name: str = "default", **kwargs) -> None:
         """Add the adapter in ``directory`` under ``adapter_name``; see :func:`inlay.load`."""
@@ -196,7 +213,8 @@ def make_plain(model: nn.Module) -> nn.Module:
     remove_head(model)
     remove_partial_backprop(model)
     for module in model.modules():
-        unmix(module)
+        while isinstance(module, Mixed):
+            unmix(module)
     keep_from_ddp(model)
     return model
 
@@ -218,7 +236,8 @@ def keep_from_ddp(model: nn.Module) -> None:
 
 def _check_loaded_keys(model: nn.Module, incompatible: Any) -> None:
     """A checkpoint of a tuned model holds its trainables only: frozen keys are not missing, trainables must not be."""
-    trainable = {key for key in incompatible.missing_keys if ".deltas." in key}
+    in_place = {key for key, _, _, held in owners(model) if held.active is not None}
+    trainable = {key for key in incompatible.missing_keys if ".deltas." in key or key in in_place}
     if trainable:
         raise RuntimeError(
             f"the checkpoint lacks trained tensors of this model, first {sorted(trainable)[0]!r}; it was made with "
@@ -242,10 +261,12 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within this context ``model`` behaves as its base model."""
     require_state(model, "disabled")
     before = {module: module.active for module in tuned_linears(model).values()}
+    whole = active_whole(model)
     model.disable_adapters()
     try:
         yield model
     finally:
+        restore_whole(model, whole)
         for module, active in before.items():
             module.active = active
             module.sync()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -11,14 +14,18 @@ from .bases import BaseConfig, QuantizedWeight, convert_model
 from .bases.linear import computes_linear
 from .coverage import warn_about_experts
 from .deltas import Delta
+from .fingerprint import fingerprint
 from .methods import Calibration, Method
 from .model import TuneState, disabled, make_tuned, sample_weights, state_of
 from .nn.blocks import install_blocks
 from .nn.head import install_head
 from .nn.tuned_linear import TunedLinear
 from .nn.tuned_quantized import tuned
+from .nn.whole import add_whole, check_whole, keys_of
+from .task_head import whole_names, without_whole
 
 DEFAULT_ADAPTER = "default"
+_T = TypeVar("_T")
 
 
 def tune(
@@ -51,7 +58,8 @@ def tune(
 
     Raises:
         TypeError: ``method`` is not a method config.
-        ValueError: a target matches nothing, cannot be tuned, is shared or tied, or is tuned already.
+        ValueError: a target matches nothing, cannot be tuned, is shared or tied, or is tuned already; a module of
+            ``modules_to_save`` is not there, quantized or tuned.
     """
     if not isinstance(method, Method):
         raise TypeError(f"method: wanted a config such as inlay.S2FT(ratio=0.03), got {type(method).__name__}")
@@ -65,24 +73,36 @@ def tune(
     config = None if base is None else BaseConfig.of(base)
     with nullcontext() if state is None else disabled(model):  # choose by the base, whatever else is tuned
         builders = method.place(model, calibration)
+    method, builders, whole = split_whole(model, method, builders)
     for name in builders:
         check_tunable(model, name)
     deltas = {name: build(model.get_submodule(name)) for name, build in builders.items()}
     check_base_fits(model, method, deltas, config)
-    sample = sample_weights(model, list(deltas))
+    sample, marks = sample_weights(model, list(deltas)), fingerprint(model, list(deltas), whole)
     warn_about_experts(model)
     if config is not None:
-        method.quantize(model, config, deltas)
+        method.quantize(model, config.leaving(whole), deltas)
     return attach(
         model,
         method,
         deltas,
         adapter_name,
         sample=sample,
+        marks=marks,
         base=config,
+        whole=dict.fromkeys(whole),
         fused_blocks=fused_blocks,
         fused_loss=fused_loss,
     )
+
+
+def split_whole(
+    model: nn.Module, method: Method, builders: Mapping[str, _T]
+) -> tuple[Method, dict[str, _T], list[str]]:
+    """What trains whole and what gets a delta: the method with the former's names, the latter, the former's tensors."""
+    names = whole_names(model, method)
+    method = replace(method, modules_to_save=names) if names else method
+    return method, without_whole(builders, names), keys_of(model, names)
 
 
 def attach(
@@ -92,11 +112,18 @@ def attach(
     adapter_name: str,
     *,
     sample: dict[str, list[float]],
+    marks: dict[str, Any] | None = None,
     base: BaseConfig | None = None,
+    whole: Mapping[str, torch.Tensor | None] | None = None,
+    as_base: Sequence[str] = (),
     fused_blocks: bool = True,
     fused_loss: bool = True,
 ) -> nn.Module:
-    """Put built ``deltas`` on the linears they are named for; the part ``tune`` and ``load`` share."""
+    """Put built ``deltas`` on the linears they are named for; the part ``tune`` and ``load`` share.
+
+    ``whole``: the tensors that train whole, and ``as_base``; see :func:`inlay.nn.whole.add_whole`.
+    """
+    check_whole(model, adapter_name, whole or {})
     for name, delta in deltas.items():  # before anything changes
         if isinstance(module := model.get_submodule(name), TunedLinear):
             module.check_room(adapter_name, delta)
@@ -104,7 +131,7 @@ def attach(
     if state is None:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        state = TuneState(base_sample=sample, base=base)
+        state = TuneState(base_sample=sample, fingerprint=marks or {}, base=base)
     wrapped = {name: _wrap(model, name) for name in deltas}
     for name, delta in deltas.items():
         wrapped[name].add_delta(adapter_name, delta)
@@ -112,6 +139,7 @@ def attach(
     make_tuned(model, state)
     if fused_blocks:
         install_blocks(model)
+    add_whole(model, adapter_name, whole or {}, as_base)
     if fused_loss:
         install_head(model)
     model.set_adapter(adapter_name)

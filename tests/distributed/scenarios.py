@@ -21,6 +21,7 @@ METHODS = {
     "s2ft": lambda: inlay.S2FT(ratio=0.25),
     "lora": lambda: inlay.LoRA(r=4),
     "exact": lambda: inlay.S2FT(ratio=0.25, keep="exact"),
+    "whole": lambda: inlay.S2FT(ratio=0.25, modules_to_save=["lm_head", "norm"]),
 }
 BASES = {"dense": None, "nf4": "nf4", "nested": inlay.BaseConfig("nf4", double_quant=True)}
 
@@ -46,6 +47,8 @@ PLAIN = [
         for base in ("dense", "nf4")
     ),
     Scenario("ddp", "exact", "nf4"),
+    Scenario("ddp", "whole", "dense"),
+    Scenario("fsdp", "whole", "nf4"),
     Scenario("fsdp", "exact", "nf4"),
     Scenario("fsdp", "s2ft", "nested"),
     Scenario("fsdp", "lora", "dense", "torch"),

@@ -35,7 +35,8 @@ def test_equals_tune(name, fused):
     """The default targets of each family, the same channels, losses and weights."""
     family = BY_NAME[name]
     ours = inlay.tune(family.build(), inlay.S2FT(ratio=0.2, seed=5), fused_blocks=fused)
-    theirs = wrapped(family.build(), seed=5, fused_blocks=fused)
+    head = ours.inlay_state.methods["default"].modules_to_save
+    theirs = wrapped(family.build(), seed=5, fused_blocks=fused, modules_to_save=head)
     batches = [family.batch(seed) for seed in range(STEPS)]
     losses = [train(model, batches) for model in (ours, theirs)]
     assert_series(losses[1], losses[0], rtol=2e-5, what="losses")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from ..methods import Method
 from ..model import require_state, tuned_linears
+from ..nn.whole import owners, whole_tensors
 from ..tune import attach
 
 
@@ -15,6 +19,7 @@ def add_weighted_adapter(
 ) -> nn.Module:
     """Add an adapter whose ``ΔW`` is ``Σ weight·ΔW`` of ``adapters``; the active ones stay active.
 
+    A tensor trained whole becomes the base's plus the weighted sum of what each adapter changed of it.
     Submatrices take the union of the channels, low-rank factors are put side by side (ranks add up): nothing is
     approximated. The name and the first three arguments are PEFT's.
 
@@ -43,6 +48,44 @@ def add_weighted_adapter(
     ]
     method, deltas = type(methods[0]).combine(methods, list(weights), parts)
     active = list(state.active)
-    attach(model, method, deltas, adapter_name, sample=state.base_sample, fused_blocks=False, fused_loss=False)
+    whole: dict[str, Tensor | None] = dict(combined_whole(model, adapters, weights))
+    method = replace(method, modules_to_save=_modules_of(methods))
+    attach(
+        model,
+        method,
+        deltas,
+        adapter_name,
+        sample=state.base_sample,
+        whole=whole,
+        as_base=_unfrozen_by_user(model, adapters),
+        fused_blocks=False,
+        fused_loss=False,
+    )
     model.set_adapter(active)
     return model
+
+
+@torch.no_grad()
+def combined_whole(model: nn.Module, adapters: Sequence[str], weights: Sequence[float]) -> dict[str, Tensor]:
+    """``W + Σ weight·(Wᵢ - W)`` of the tensors that ``adapters`` train whole, in fp32, by state-dict key."""
+    originals = {key: held.original for key, _, _, held in owners(model)}
+    found: dict[str, Tensor] = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        for key, tensor in whole_tensors(model, adapter).items():
+            base = originals[key].float() if tensor.is_floating_point() else originals[key]
+            change = weight * (tensor - base)
+            found[key] = found.get(key, base.clone()) + (change if tensor.is_floating_point() else 0)
+    return found
+
+
+def _modules_of(methods: Sequence[Method]) -> list[str] | None:
+    return list(dict.fromkeys(name for method in methods for name in method.modules_to_save or ())) or None
+
+
+def _unfrozen_by_user(model: nn.Module, adapters: Sequence[str]) -> list[str]:
+    """Keys of tensors whose copies have the base's dtype in every adapter that has one."""
+    return [
+        key
+        for key, _, _, held in owners(model)
+        if all(held.copies[name].dtype == held.original.dtype for name in adapters if name in held.copies)
+    ]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..bases.linear import is_conv1d
 from ..model import require_state, tuned_linears
 from .files import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME, peft_keys, read_json, write_files
-from .save import check_worth_saving
+from .peft_rules import check_accepted, check_in_peft, peft_targets
+from .save import check_worth_saving, in_file, peft_modules, tied_option
 
 FORMATS = ("peft-lora", "vllm-lora")
 
@@ -23,7 +24,8 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 def export(model: nn.Module, directory: str | Path, *, format: str = "peft-lora", name: str | None = None) -> None:
     """Write an adapter as a PEFT LoRA that PEFT and vLLM load: ``B·A`` equals ``ΔW`` bit for bit.
 
-    Ranks are zero-padded to the largest, and ``lora_alpha = r``, so that PEFT's scaling is 1.
+    Ranks are zero-padded to the largest, and ``lora_alpha = r``, so that PEFT's scaling is 1. What trained whole goes
+    along as PEFT's ``modules_to_save``. Where PEFT is installed, it loads what is written, on a model without weights.
 
     Args:
         format: "peft-lora"; or "vllm-lora", the same files, checked against vLLM's rules first, with the rank padded
@@ -33,8 +35,8 @@ def export(model: nn.Module, directory: str | Path, *, format: str = "peft-lora"
     Raises:
         TypeError: the model is not tuned.
         ValueError: unknown format; not one adapter; a delta that no LoRA factors express exactly; values that are
-            not finite, or all untrained; what vLLM would refuse or silently ignore; or a directory that holds an
-            adapter saved by inlay, which would be lost.
+            not finite, or all untrained; what PEFT or vLLM would refuse or silently ignore; or a directory that holds
+            an adapter saved by inlay, which would be lost.
     """
     if format not in FORMATS:
         raise ValueError(f"format: wanted one of {FORMATS}, got {format!r}")
@@ -48,6 +50,8 @@ def export(model: nn.Module, directory: str | Path, *, format: str = "peft-lora"
     if config_file.exists() and "inlay" in read_json(config_file):
         raise ValueError(f"{directory} holds an adapter saved by inlay; export to another directory")
     linears = {path: module for path, module in tuned_linears(model).items() if name in module.deltas}
+    if format == "peft-lora":
+        check_accepted(model, list(linears))
     factors = {path: exact_factors(path, module.deltas[name]) for path, module in linears.items()}
     rank = max(a.shape[0] for a, _ in factors.values())
     if format == "vllm-lora":
@@ -57,13 +61,25 @@ def export(model: nn.Module, directory: str | Path, *, format: str = "peft-lora"
         tensors[f"{KEY_PREFIX}{path}.lora_A.weight"] = _pad(a, 0, rank)
         tensors[f"{KEY_PREFIX}{path}.lora_B.weight"] = _pad(b, 1, rank)
     check_worth_saving(model, name, tensors)
+    tensors |= whole_in_file(model, name, format)
     transposed = any(
         is_conv1d(holder := m.plain_holder[0]) or getattr(holder, "conv1d", False) for m in linears.values()
     )
-    config = lora_config(model, rank, list(linears), transposed)
+    config = lora_config(model, rank, list(linears), transposed, peft_modules(model, state.methods[name]))
+    if format == "peft-lora":
+        config |= peft_targets(model, list(linears)) | tied_option(model, name)
+        check_in_peft(model, config, tensors)
     write_files(Path(directory), {WEIGHTS_NAME: tensors, CONFIG_NAME: config})
     if format == "vllm-lora":
         print(f"inlay: rank {rank}; serve it with vLLM's --enable-lora --max-lora-rank {rank}")
+
+
+def whole_in_file(model: nn.Module, name: str, format: str) -> dict[str, Tensor]:
+    """What adapter ``name`` trains whole and what the user unfroze, by key in the file; ValueError for vLLM."""
+    held = in_file(model, name)
+    if held and format == "vllm-lora":
+        raise ValueError(f"vllm-lora: {next(iter(held))} trained whole, which vLLM does not load; merge instead")
+    return {f"{KEY_PREFIX}{key}": tensor for key, tensor in held.items()}
 
 
 def vllm_rank(model: nn.Module, linears: Mapping[str, nn.Module], rank: int) -> int:
@@ -94,7 +110,9 @@ def exact_factors(path: str, delta: nn.Module) -> tuple[Tensor, Tensor]:
     return factors
 
 
-def lora_config(model: nn.Module, rank: int, targets: list[str], transposed: bool) -> dict:
+def lora_config(
+    model: nn.Module, rank: int, targets: list[str], transposed: bool, modules_to_save: list[str] | None = None
+) -> dict:
     """A LoRA ``adapter_config.json``. Targets are whole module names, so that nothing else matches."""
     return {
         **peft_keys(model),
@@ -105,7 +123,7 @@ def lora_config(model: nn.Module, rank: int, targets: list[str], transposed: boo
         "bias": "none",
         "fan_in_fan_out": transposed,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": modules_to_save,
         "target_modules": sorted(targets),
         "use_dora": False,
         "use_rslora": False,

@@ -10,10 +10,23 @@ from torch import Tensor, nn
 
 from ..bases import BaseConfig
 from ..deltas import STORED_KEYS
-from ..methods import METHODS, Method
+from ..fingerprint import fingerprint
+from ..methods import METHODS, LoRA, Method
 from ..model import require_state, sample_of, sample_weights, state_of, tuned_linears
+from ..nn.whole import check_whole, train_whole, whole_tensors
 from ..tune import DEFAULT_ADAPTER, adopt_bitsandbytes, attach, check_base_fits, check_tunable
 from .files import CONFIG_NAME, FORMAT_VERSION, KEY_PREFIX, WEIGHTS_NAME, read_json, read_tensors
+from .from_peft import lora_of_peft
+from .whole_files import (
+    check_complete,
+    check_fingerprint,
+    check_head,
+    check_swap_whole,
+    check_ties,
+    fit_vocabulary,
+    take_whole,
+    with_paths,
+)
 
 #: Mean |difference| over rms of sampled base weights above which the base is another model. Four-bit quantization
 #: moves weights by about 0.09 of their rms; two unrelated models differ by more than 1.
@@ -47,7 +60,9 @@ def load(
     directory = Path(directory)
     config = read_json(directory / CONFIG_NAME)
     method = method_of(config, directory)
-    grouped = group_by_module(read_tensors(directory / WEIGHTS_NAME), directory)
+    tensors = read_tensors(directory / WEIGHTS_NAME)
+    whole = take_whole(tensors, config, method)
+    grouped = group_by_module(tensors, directory)
     adopt_bitsandbytes(model)
     modules = dict(model.named_modules())
     for path in grouped:
@@ -57,19 +72,41 @@ def load(
     state = state_of(model)
     if state is not None and name in state.methods:
         raise ValueError(f"this model has an adapter {name!r} already; pass another name")
+    ours = config.get("inlay") or {}
+    fit_vocabulary(model, config, whole)
+    check_whole(model, name, whole)
+    method = with_paths(model, config, method, whole)
+    check_complete(model, method, whole, directory)
+    check_ties(model, config, whole)
     if check_base:
-        _check_base(model, config["inlay"].get("base_sample") or {})
+        _check_base(model, ours.get("base_sample") or {})
+        check_head(model, ours, whole)
+        check_fingerprint(model, ours.get("fingerprint") or {}, list(grouped), list(whole))
     deltas = {path: method.restore(modules[path], tensors, path) for path, tensors in grouped.items()}
     base = None if base is None else BaseConfig.of(base)
-    _check_same_quantization(method, base, config["inlay"].get("base"))
+    _check_same_quantization(method, base, ours.get("base"))
     check_base_fits(model, method, deltas, base)
-    sample = sample_weights(model, list(deltas))
+    sample, marks = sample_weights(model, list(deltas)), fingerprint(model, list(deltas), whole)
+    loose = [key for key in ours.get("unfrozen") or () if key in whole]
     if base is not None:
-        method.quantize(model, base, deltas)
+        method.quantize(model, base.leaving(whole), deltas)
         for path, tensors in grouped.items():  # which quantizing may have initialized again
             deltas[path].load(tensors, path)
-    attach(model, method, deltas, name, sample=sample, base=base, fused_blocks=fused_blocks, fused_loss=fused_loss)
+    attach(
+        model,
+        method,
+        deltas,
+        name,
+        sample=sample,
+        marks=marks,
+        base=base,
+        whole=whole,
+        as_base=loose,
+        fused_blocks=fused_blocks,
+        fused_loss=fused_loss,
+    )
     if not trainable:
+        train_whole(model, ())
         for delta in deltas.values():
             delta.requires_grad_(False)
     return model
@@ -91,14 +128,17 @@ def hotswap(model: nn.Module, directory: str | Path, name: str = DEFAULT_ADAPTER
         raise ValueError(f"no adapter {name!r}; there are {sorted(state.methods)}")
     config = read_json(directory / CONFIG_NAME)
     method, old = method_of(config, directory), state.methods[name]
-    grouped = group_by_module(read_tensors(directory / WEIGHTS_NAME), directory)
+    tensors = read_tensors(directory / WEIGHTS_NAME)
+    whole = take_whole(tensors, config, method)
+    grouped = group_by_module(tensors, directory)
     linears = {path: module for path, module in tuned_linears(model).items() if name in module.deltas}
     if type(method) is not type(old) or grouped.keys() != linears.keys():
         got = f"{type(method).__name__} on {len(grouped)} linears"
         raise ValueError(
             f"{directory}: wanted {type(old).__name__} on the same {len(linears)} linears to swap in, got {got}"
         )
-    _check_base(model, config["inlay"].get("base_sample") or {})
+    check_swap_whole(model, name, whole, directory)
+    _check_base(model, (config.get("inlay") or {}).get("base_sample") or {})
     modules = {path: linear.plain_holder[0] for path, linear in linears.items()}
     for linear in linears.values():
         linear.restore_base()
@@ -107,6 +147,8 @@ def hotswap(model: nn.Module, directory: str | Path, name: str = DEFAULT_ADAPTER
         linears[path].deltas[name].check_swap(delta, path)
     for path, delta in deltas.items():
         linears[path].swap_delta(name, delta)
+    for key, tensor in whole_tensors(model, name).items():
+        tensor.data.copy_(whole[key])
     state.methods[name] = method
     return model
 
@@ -128,6 +170,8 @@ def method_of(config: dict[str, Any], where: Path) -> Method:
     kind, ours = config.get("peft_type"), config.get("inlay")
     if kind not in METHODS:
         raise ValueError(f"{where}: wanted an adapter of {sorted(METHODS)}, got peft_type={kind!r}")
+    if ours is None and kind == LoRA.peft_type and "inlay" not in config:
+        return lora_of_peft(config, where)
     if not isinstance(ours, dict) or "options" not in ours:
         raise ValueError(f"{where}: wanted an adapter saved by inlay, got one without its 'inlay' section")
     if not isinstance(ours.get("format"), int) or not isinstance(ours["options"], dict):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..bases.quantized import QuantizedLinear, QuantizedWeight, dense_linear
 from ..model import make_plain, require_state, state_of, tuned_linears
 from ..nn.tuned_quantized import TunedQuantizedLinear
+from ..nn.whole import settle_whole
 from .originals import find_originals
 
 
@@ -57,6 +58,7 @@ def merge(
             source.weight(name, model.get_submodule(name))  # raises before anything changes
     before = _logits(model, inputs)
     plain = model if in_place else copy.deepcopy(model)
+    settle_whole(plain)
     for name, module in tuned_linears(plain).items():
         if not isinstance(module, TunedQuantizedLinear):
             plain.set_submodule(name, module.to_plain())

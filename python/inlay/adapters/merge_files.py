@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from ..bases.linear import is_conv1d, out_in_view
 from ..bases.quantized import dense_linear
+from ..fingerprint import distance, mark, warn_if_off
 from ..methods import Method
 from .files import CONFIG_NAME, WEIGHTS_NAME, read_json, read_tensors
 from .load import check_sample, group_by_module, method_of
-from .originals import checkpoint_files, stored_name
+from .originals import checkpoint_files, stored_key, stored_name
+from .whole_files import take_whole
 
 #: Weights in other formats: a merged folder that still held them would be loaded unmerged by some readers.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -44,8 +46,12 @@ def merge_files(base: str | Path, adapter: str | Path, output: str | Path) -> No
         )
     files = checkpoint_files(base)
     linears = _linears(base)
-    changes = _by_stored_name(read_tensors(adapter / WEIGHTS_NAME), adapter, base, files, linears)
-    sample = config["inlay"].get("base_sample") or {}
+    tensors = read_tensors(adapter / WEIGHTS_NAME)
+    whole = _whole_by_stored_name(take_whole(tensors, config, method), base, files, linears)
+    changes = _by_stored_name(tensors, adapter, base, files, linears)
+    ours = config.get("inlay") or {}
+    sample, marks = ours.get("base_sample") or {}, (ours.get("fingerprint") or {}).get("marks", {})
+    off: dict[str, float] = {}
     output.mkdir(parents=True, exist_ok=True)
     for file in sorted(set(files.values())):
         with safe_open(str(file), framework="pt") as shard:
@@ -53,9 +59,14 @@ def merge_files(base: str | Path, adapter: str | Path, output: str | Path) -> No
         for key in changes.keys() & tensors.keys():
             path, held = changes[key]
             check_sample(path, sample.get(path), tensors[key])
+            if (noted := marks.get(f"{path}.weight")) and (value := distance(noted, mark(tensors[key]))) is not None:
+                off[f"{path}.weight"] = value
             tensors[key] = _merged(tensors[key], linears[path], method, held, path)
+        for key in whole.keys() & tensors.keys():
+            tensors[key] = _replaced(tensors[key], whole[key], key)
         save_file(tensors, str(output / file.name), metadata=metadata or {"format": "pt"})
     _copy_the_rest(base, output, {file.name for file in files.values()})
+    warn_if_off(off, linears, (ours.get("fingerprint") or {}).get("stored", "dense"), "dense", what=str(base))
 
 
 def _linears(base: Path) -> dict[str, nn.Module]:
@@ -86,6 +97,32 @@ def _by_stored_name(
             raise ValueError(f"the adapter tunes {path!r}, which {base} lacks; merge into the base it was trained on")
         found[key] = path, held
     return found
+
+
+def _whole_by_stored_name(
+    whole: dict[str, Tensor], base: Path, files: dict[str, Path], linears: dict[str, nn.Module]
+) -> dict[str, Tensor]:
+    """What was trained whole, by the checkpoint's key."""
+    prefix: Any = getattr(linears[""], "base_model_prefix", "")
+    found = {}
+    for key, tensor in whole.items():
+        stored = stored_key(key, prefix, files)
+        if stored is None:
+            raise ValueError(
+                f"the adapter trained {key} whole, and {base} has no such tensor (a new head, say): use inlay.load on "
+                "a model that has it, then inlay.merge"
+            )
+        found[stored] = tensor
+    return found
+
+
+def _replaced(held: Tensor, trained: Tensor, key: str) -> Tensor:
+    if held.shape != trained.shape:
+        raise ValueError(
+            f"{key}: the checkpoint has shape {tuple(held.shape)}, the adapter {tuple(trained.shape)} (a resized "
+            "vocabulary, or other labels): use inlay.load and inlay.merge"
+        )
+    return trained.to(held.dtype)
 
 
 def _merged(weight: Tensor, like: nn.Module, method: Method, held: dict[str, Tensor], path: str) -> Tensor:

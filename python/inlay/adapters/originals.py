@@ -104,8 +104,12 @@ def _local(recorded: str | None) -> Path | None:
 
 def stored_name(name: str, prefix: str, keys: Collection[str]) -> str | None:
     """The key of the weight of linear ``name`` in a checkpoint, which may lack or have its model's ``prefix``."""
-    names = [name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"]
-    return next((f"{n}.weight" for n in names if f"{n}.weight" in keys), None)
+    return stored_key(f"{name}.weight", prefix, keys)
+
+
+def stored_key(key: str, prefix: str, keys: Collection[str]) -> str | None:
+    """The key of a model's tensor in a checkpoint, which may lack or have its model's ``prefix``."""
+    return next((k for k in (key, key.removeprefix(f"{prefix}."), f"{prefix}.{key}") if k in keys), None)
 
 
 def checkpoint_files(directory: Path) -> dict[str, Path]:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..deltas import Delta
+from ..methods import Method
 from ..model import TuneState, check_in_place, require_state, tuned_linears
 from ..nn.probe import shallow
-from ..sharding import any_sharded, whole, writes_here
+from ..nn.whole import owners, unfrozen, whole_tensors
+from ..sharding import any_sharded, is_sharded, whole, writes_here
 from ..version import __version__
 from .files import (
     CARD_NAME,
     CONFIG_NAME,
+    DELTAS_ONLY,
     FORMAT_VERSION,
     KEY_PREFIX,
     RESUME_NAME,
@@ -24,6 +30,7 @@ from .files import (
     peft_keys,
     write_files,
 )
+from .peft_rules import peft_targets
 
 
 def save_adapter(
@@ -48,16 +55,23 @@ def save_adapter(
         return  # this process was needed to gather
     check_worth_saving(model, name, tensors, checkpoint=Path(directory).name.startswith("checkpoint-"))
     method = state.methods[name]
+    tuned = [path for path, module in tuned_linears(model).items() if name in module.deltas]
     config = {
         **peft_keys(model),
-        **method.peft_fields([path for path, module in tuned_linears(model).items() if name in module.deltas]),
+        **method.peft_fields(tuned),
         "peft_type": method.peft_type,
+        "modules_to_save": peft_modules(model, method),
+        **(peft_targets(model, tuned) | tied_option(model, name) if method.peft_type == "LORA" else {}),
         "inlay": {
             "base": None if state.base is None else state.base.to_dict(),
             "base_sample": state.base_sample,
-            "format": FORMAT_VERSION,
-            "options": method.to_dict(),
+            "fingerprint": state.fingerprint,
+            "format": FORMAT_VERSION if len(resume) > deltas_in(resume) else DELTAS_ONLY,
+            "options": method.stored_options(),
+            "unfrozen": sorted(unfrozen(model)),
             "version": __version__,
+            "vocabulary": vocabulary_of(model),
+            "whole": sorted(whole_tensors(model, name)),
         },
     }
     card = _card(model, state, name)
@@ -78,7 +92,45 @@ def collect(
             value = whole((state_dict or {}).get(full, tensor))
             tensors[f"{KEY_PREFIX}{path}.{key}"] = value
             resume[full] = value
+    for key, value in in_file(model, name, state_dict).items():
+        tensors[f"{KEY_PREFIX}{key}"] = resume[key] = value
     return tensors, resume
+
+
+def in_file(model: nn.Module, name: str, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """What adapter ``name`` trains whole and what the user unfroze, by state-dict key; tied tensors apart."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, tensor in (whole_tensors(model, name) | unfrozen(model)).items():
+        value = whole((state_dict or {}).get(key, tensor)).detach()
+        found[key] = value.clone() if id(tensor) in seen else value  # safetensors takes no shared memory
+        seen.add(id(tensor))
+    return found
+
+
+def tied_option(model: nn.Module, name: str) -> dict[str, bool]:
+    """PEFT's ``ensure_weight_tying``, where a tensor trained whole is held by two modules."""
+    holders = Counter(id(held) for _, _, _, held in owners(model) if name in held.copies)
+    return {"ensure_weight_tying": True} if any(count > 1 for count in holders.values()) else {}
+
+
+def deltas_in(resume: Mapping[str, Tensor]) -> int:
+    """How many of the tensors, by state-dict key, belong to deltas."""
+    return sum(".deltas." in key for key in resume)
+
+
+def peft_modules(model: nn.Module, method: Method) -> list[str] | None:
+    """``modules_to_save`` as PEFT takes it: modules, not single tensors."""
+    modules = dict(model.named_modules())
+    return [name for name in method.modules_to_save or () if name in modules] or None
+
+
+def vocabulary_of(model: Any) -> int | None:
+    """How many tokens the input embeddings of ``model`` have; None where it has none."""
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError):  # no text model, or no transformers model
+        return None
 
 
 def check_worth_saving(model: nn.Module, name: str, tensors: dict[str, Tensor], checkpoint: bool = False) -> None:
@@ -97,10 +149,20 @@ def check_worth_saving(model: nn.Module, name: str, tensors: dict[str, Tensor], 
             )
     deltas = {p: _holding(m.deltas[name], p, tensors) for p, m in tuned_linears(model).items() if name in m.deltas}
     still = [path for path, delta in deltas.items() if not delta.changes_anything()]
-    if len(still) == len(deltas) and not checkpoint:
+    if len(still) == len(deltas) and not checkpoint and not (whole_changed(model, name) or unfrozen(model)):
         raise ValueError(f"adapter {name!r} changes nothing: all its values are untrained; train before saving")
     if still:
         warnings.warn(f"adapter {name!r} changes nothing at {len(still)} linears, first {still[0]}", stacklevel=3)
+
+
+def whole_changed(model: nn.Module, name: str) -> bool:
+    """Whether a tensor that adapter ``name`` trains whole differs from the base's; a sharded one is taken to."""
+    copies = whole_tensors(model, name)
+    return any(
+        is_sharded(value) or not torch.equal(value.detach().to(held.original.dtype), held.original.detach())
+        for key, _, _, held in owners(model)
+        if (value := copies.get(key)) is not None
+    )
 
 
 def _holding(delta: Delta, path: str, tensors: dict[str, Tensor]) -> Delta:

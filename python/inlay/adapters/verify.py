@@ -46,7 +46,7 @@ def verify(
 
     Args:
         prompts: texts (with a ``tokenizer``) or token ids ``[T]`` or ``[1, T]``.
-        max_new_tokens: length of the greedy continuation; 0 compares logits only.
+        max_new_tokens: length of the greedy continuation; 0 compares logits only, as for a model of no language.
 
     Raises:
         ValueError: no prompts, or texts without a tokenizer, or logits of different shapes.
@@ -59,18 +59,26 @@ def verify(
     try:
         for prompt in prompts:
             ids = _token_ids(prompt, tokenizer).to(next(first.parameters()).device)
-            a, b = first(input_ids=ids).logits.float(), second(input_ids=ids).logits.float()
+            a, b = (_logits(model(input_ids=ids)) for model in (first, second))
             if a.shape != b.shape:
                 raise ValueError(f"wanted logits of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
             difference = (a - b).abs().max().item()
             worst = difference if difference != difference else max(worst, difference)
-            ours, theirs = (greedy(model, ids, max_new_tokens) for model in (first, second))
+            count = max_new_tokens if a.dim() == 3 and a.shape[-1] > int(ids.max()) else 0  # no tokens, no text
+            ours, theirs = (greedy(model, ids, count) for model in (first, second))
             agreeing += sum(x == y for x, y in zip(ours, theirs, strict=True))
             total += len(ours)
     finally:
         for model, training in zip((first, second), was_training, strict=True):
             model.train(training)
-    return Verification(worst, agreeing == total, agreeing / max(total, 1), len(prompts))
+    return Verification(worst, agreeing == total, agreeing / total if total else 1.0, len(prompts))
+
+
+def _logits(output: Any) -> Tensor:
+    """Logits in fp32; of a question answerer those of starts and ends, ``[1, T, 2]``."""
+    if (logits := getattr(output, "logits", None)) is not None:
+        return logits.float()
+    return torch.stack([output.start_logits, output.end_logits], -1).float()
 
 
 def greedy(model: nn.Module, ids: Tensor, count: int) -> list[int]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar
 
 from torch import nn
 
 from ..targets import linears, output_head_names, suffix_match
+from ..task_head import task_head
 from .linear import computes_linear, is_conv1d
 from .quantized import STORAGES, QuantizedLinear, QuantizedWeight, Storage
 
@@ -21,7 +22,7 @@ class BaseConfig:
         base: "nf4", "fp4" or "int8".
         blocksize: weights per scale of the four-bit bases.
         double_quant: store those scales in 8 bits.
-        skip_modules: name suffixes of linears to leave dense; None leaves out the output head.
+        skip_modules: name suffixes of linears to leave dense; None leaves out the output head, or a task's.
         overrides: base by name suffix, None for dense, e.g. ``{"down_proj": "int8", "o_proj": None}``.
 
     Raises:
@@ -33,6 +34,7 @@ class BaseConfig:
     double_quant: bool = False
     skip_modules: Sequence[str] | None = None
     overrides: dict[str, str | None] = field(default_factory=dict)
+    whole: ClassVar[tuple[str, ...]] = ()  # see leaving()
 
     def __post_init__(self) -> None:
         for base in (self.base, *self.overrides.values()):
@@ -69,15 +71,25 @@ class BaseConfig:
         for suffix in (*self.overrides, *(self.skip_modules or ())):
             if not any(suffix_match(name, suffix) for name in found):
                 raise ValueError(f"skip_modules or overrides name {suffix!r}, which no linear of this model ends in")
-        heads = output_head_names(model) if self.skip_modules is None else set()
+        heads = output_head_names(model) | set(_within(found, task_head(model))) if self.skip_modules is None else set()
         heads = {head for head in heads if not any(suffix_match(head, suffix) for suffix in self.overrides)}
-        odd = {name for name, module in found.items() if not computes_linear(module)}
-        chosen = {name: self.base_of(name) for name in found if name not in heads | odd}
+        dense = heads | set(self.whole) | {name for name, module in found.items() if not computes_linear(module)}
+        chosen = {name: self.base_of(name) for name in found if name not in dense}
         return {name: base for name, base in chosen.items() if base is not None}
+
+    def leaving(self, whole: Iterable[str]) -> BaseConfig:
+        """The same, but linears that hold one of the tensors ``whole`` (state-dict keys), which train, stay dense."""
+        config = replace(self)
+        config.__dict__["whole"] = tuple(key.rpartition(".")[0] for key in whole)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         values = asdict(self)
         return {**values, "skip_modules": None if self.skip_modules is None else list(self.skip_modules)}
+
+
+def _within(names: Iterable[str], outer: Sequence[str]) -> list[str]:
+    return [name for name in names if any(name == entry or name.startswith(f"{entry}.") for entry in outer)]
 
 
 def quantize_linears(

@@ -33,6 +33,7 @@ DATA_KEYS = frozenset(
         "packing",
         "data_folder",
         "preflight",
+        "fresh_optimizer",
     }
 )
 

@@ -16,8 +16,9 @@ from ..bases import BaseConfig
 from ..methods import Method
 from ..model import state_of
 from ..nn.tuned_linear import HOOKS
+from ..nn.whole import hidden_tensors
 from ..ops.attention import CausalAttention, tiles_fit
-from ..tune import DEFAULT_ADAPTER, attach, check_base_fits, check_tunable
+from ..tune import DEFAULT_ADAPTER, attach, check_base_fits, check_tunable, split_whole
 
 
 def meta_model(source: Any, dtype: torch.dtype | None) -> nn.Module:
@@ -58,7 +59,7 @@ def _from_config(config: Any, dtype: torch.dtype | None) -> nn.Module:
 def _meta_copy(model: nn.Module) -> nn.Module:
     """A copy of the modules that shares no tensor with ``model``, and no hook; tied weights stay tied."""
     memo: dict[int, Any] = {}
-    for tensor in chain(model.parameters(), model.buffers()):
+    for tensor in chain(model.parameters(), model.buffers(), hidden_tensors(model)):
         empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         if isinstance(tensor, nn.Parameter):
             empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
@@ -92,14 +93,14 @@ def tune_without_data(model: nn.Module, method: Method | None, base: str | BaseC
         raise ValueError("wanted a method such as inlay.S2FT(ratio=0.03) for a model that is not tuned, got none")
     method = method.without_data()
     config = None if base is None else BaseConfig.of(base)
-    builders = method.place(model, None)
+    method, builders, whole = split_whole(model, method, method.place(model, None))
     for name in builders:
         check_tunable(model, name, loaded=False)
     deltas = {name: build(model.get_submodule(name)) for name, build in builders.items()}
     check_base_fits(model, method, deltas, config)
     if config is not None:
-        method.quantize(model, config, deltas)
-    return attach(model, method, deltas, DEFAULT_ADAPTER, sample={}, base=config)
+        method.quantize(model, config.leaving(whole), deltas)
+    return attach(model, method, deltas, DEFAULT_ADAPTER, sample={}, base=config, whole=dict.fromkeys(whole))
 
 
 def text_batch(model: nn.Module, batch: int, seq: int) -> dict[str, Tensor]:

@@ -291,6 +291,31 @@ def adopt(model: nn.Module) -> None:
             setattr(model, attribute, False)
 
 
+def asked_options(asked: Any) -> BaseConfig:
+    """The base that a quantization config (ours, bitsandbytes' or a dict) means; ValueError for another library's."""
+    values = asked if isinstance(asked, dict) else asked.to_dict()
+    if values.get("quant_method") == NAME:
+        return BaseConfig(**{key: value for key, value in values.items() if key != "quant_method"})
+    if "load_in_4bit" in values or "load_in_8bit" in values or values.get("quant_method") == "bitsandbytes":
+        return QuantizationConfig.from_bitsandbytes(values).options
+    kind = values.get("quant_method") or type(asked).__name__
+    raise ValueError(f"quantization_config: wanted inlay's or bitsandbytes', got {kind!r}")
+
+
+def check_holds(model: nn.Module, asked: BaseConfig, path: str | Path) -> nn.Module:
+    """``model``, loaded from a quantized checkpoint; ValueError if a linear is quantized otherwise than ``asked``."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedWeight):
+            base = asked.base_of(name)
+            wanted = None if base is None else asked.storage(base, module.out_features, module.in_features)
+            if module.storage != wanted:
+                raise ValueError(
+                    f"{path} holds {name} quantized as {module.storage}, and quantization_config asks for "
+                    f"{wanted or 'a dense weight'}; leave quantization_config out, or load the dense checkpoint"
+                )
+    return model
+
+
 def from_pretrained(path: str | Path, *, auto_class: Any = None, **kwargs: Any) -> nn.Module:
     """A transformers model, dense or quantized, by its own ``from_pretrained``; quantized ones into inlay's bases.
 
@@ -300,22 +325,28 @@ def from_pretrained(path: str | Path, *, auto_class: Any = None, **kwargs: Any) 
         path: a local directory or cached name.
         auto_class: which class loads it, e.g. ``AutoModelForSequenceClassification``; the checkpoint's own if None.
         kwargs: for ``from_pretrained``, e.g. ``dtype``, ``quantization_config=inlay.QuantizationConfig("nf4")``.
+
+    Raises:
+        ValueError: a ``quantization_config`` that asks for another base than a quantized checkpoint holds.
     """
     import transformers
 
     config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path)
     existing = getattr(config, "quantization_config", None)
+    asked: BaseConfig | None = None
     if existing is not None:
         values = existing if isinstance(existing, dict) else existing.to_dict()
         if values.get("quant_method") == "bitsandbytes" or "load_in_4bit" in values or "load_in_8bit" in values:
             ours = QuantizationConfig.from_bitsandbytes(values)
             config.quantization_config = ours.to_dict()
-        kwargs.pop("quantization_config", None)  # the checkpoint says what it holds
+        given = kwargs.pop("quantization_config", None)  # the checkpoint says what it holds
+        asked = None if given is None else asked_options(given)
     if auto_class is None:
         names = getattr(config, "architectures", None) or []
         auto_class = getattr(transformers, names[0], None) if names else None
         auto_class = auto_class or transformers.AutoModelForCausalLM
-    return auto_class.from_pretrained(path, config=config, **kwargs)
+    model = auto_class.from_pretrained(path, config=config, **kwargs)
+    return model if asked is None else check_holds(model, asked, path)
 
 
 if NAME not in AUTO_QUANTIZATION_CONFIG_MAPPING:

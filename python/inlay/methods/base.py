@@ -42,6 +42,8 @@ class Method:
             defaults, translated to the model family's names.
         exclude_modules: list of name suffixes or a regular expression of linears to leave alone.
         layers_to_transform: index or indices of the blocks to tune; None for all.
+        modules_to_save: name suffixes of modules (or single tensors) that train whole and are saved with the adapter,
+            beside the head of a classifier, reward model or question answerer, which does so of itself; [] for none.
         seed: seed of everything drawn at random.
     """
 
@@ -50,6 +52,7 @@ class Method:
     target_modules: str | Sequence[str] | None = field(default=None, kw_only=True)
     exclude_modules: str | Sequence[str] | None = field(default=None, kw_only=True)
     layers_to_transform: int | Sequence[int] | None = field(default=None, kw_only=True)
+    modules_to_save: Sequence[str] | None = field(default=None, kw_only=True)
     seed: int = field(default=0, kw_only=True)
 
     def place(self, model: nn.Module, calibration: Calibration | None) -> dict[str, Callable[[nn.Module], Delta]]:
@@ -76,6 +79,10 @@ class Method:
         """The options as JSON-able values."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
         return {k: list(v) if isinstance(v, tuple | set) else v for k, v in values.items()}
+
+    def stored_options(self) -> dict[str, Any]:
+        """:meth:`to_dict` for an adapter file; without ``modules_to_save`` if unset: older readers do not know it."""
+        return {key: value for key, value in self.to_dict().items() if key != "modules_to_save" or value is not None}
 
     def without_data(self) -> Method:
         """A method that makes deltas of the same shapes without looking at a weight or at data: for estimates."""

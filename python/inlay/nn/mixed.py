@@ -27,7 +27,8 @@ class Mixed(_Module):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Pickle by mixin and plain class, since the mixed class exists only at run time."""
-        return _rebuild, (self._inlay_mixin, self._inlay_plain_class), dict(self.__dict__)
+        mixins, plain = chain_of(type(self))
+        return _rebuild, (mixins, plain), dict(self.__dict__)
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         # torch's own __setstate__ also fills in what modules saved by older releases lack
@@ -53,14 +54,26 @@ def mix(module: nn.Module, mixin: type) -> nn.Module:
 
 
 def unmix(module: nn.Module) -> nn.Module:
-    """Undo :func:`mix`; does nothing to a module that was not mixed."""
+    """Undo the last :func:`mix`; does nothing to a module that was not mixed."""
     if isinstance(module, Mixed):
         module.__class__ = module._inlay_plain_class
-        for attribute in [a for a in module.__dict__ if a.startswith("inlay_")]:
+        kept = {name for cls in type(module).__mro__ for name in cls.__dict__.get("__annotations__", ())}
+        for attribute in [a for a in module.__dict__ if a.startswith("inlay_") and a not in kept]:
             delattr(module, attribute)
     return module
 
 
-def _rebuild(mixin: type, plain: type) -> nn.Module:
-    mixed = mixed_class(mixin, plain)
+def chain_of(mixed: Any) -> tuple[tuple[type, ...], type]:
+    """The mixins in front of a class, the last one first, and the plain class behind them."""
+    mixins = []
+    while issubclass(mixed, Mixed):
+        mixins.append(mixed._inlay_mixin)
+        mixed = mixed._inlay_plain_class
+    return tuple(mixins), mixed
+
+
+def _rebuild(mixins: tuple[type, ...], plain: type) -> nn.Module:
+    mixed: Any = plain
+    for mixin in reversed(mixins):
+        mixed = mixed_class(mixin, mixed)
     return mixed.__new__(mixed)

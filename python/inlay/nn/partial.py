@@ -10,11 +10,13 @@ asked, this holds whatever the order of the blocks is and however often each one
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ..integrations.transformers import checkpoints_reentrantly
+from ..task_head import task_head
 from .mixed import Mixed, mix, unmix
 from .wanted import forget_embeddings, is_wanted, watch_embeddings
 
@@ -28,9 +30,24 @@ def block_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     return stacks
 
 
+_HEADS: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
+
+
+def head_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """How names of parameters of the task's head begin, where all other weights stand before it, as it reads them."""
+    if model not in _HEADS:
+        head = task_head(model)
+        children = [name for name, child in model.named_children() if next(child.parameters(), None) is not None]
+        rest = [place for place, name in enumerate(children) if name not in head]
+        after = children[rest[-1] + 1 :] if rest else []
+        _HEADS[model] = tuple(f"{name}." for name in head if name in after)
+    return _HEADS[model]
+
+
 def first_trained_block(model: nn.Module) -> nn.Module | None:
     """The first block that holds a trainable, if everything trained before the head is in one stack; else None."""
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    after = head_prefixes(model)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and not name.startswith(after)]
     for name, stack in block_stacks(model).items():
         inside = [n for n in trained if n.startswith(f"{name}.")]
         if not inside:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..coverage import tuned_line
 from ..data import Collator, TrainingData, check_samples_stay_apart, prepare, show_mask
@@ -65,6 +66,7 @@ def finetune(
     packing: bool = False,
     data_folder: str | Path | None = None,
     preflight: bool = True,
+    fresh_optimizer: bool = False,
     callbacks: list[Any] | None = None,
     **training_arguments: Any,
 ) -> FinetuneResult:
@@ -87,6 +89,8 @@ def finetune(
         data_folder: keep the encoded samples in files there instead of in memory; what is there already from the same
             data file is used again.
         preflight: run the longest batch before the first step, so that one too long for the memory shows at once.
+        fresh_optimizer: go on from a checkpoint that lacks the state of its optimizer or schedule (`save_only_model`
+            leaves it out), with new ones; otherwise that is an error.
         callbacks: transformers TrainerCallbacks.
         **training_arguments: names of transformers.TrainingArguments. `optim="adamw_8bit"` is inlay's AdamW with 8-bit
             states; without `optim` its fp32 ones are used. Without `output_dir` nothing is written.
@@ -95,12 +99,14 @@ def finetune(
     Raises:
         TypeError: an unknown argument, or a model that cannot be trained this way.
         ValueError: no supervised token in the data or in a batch; packing with an attention that mixes samples;
-            processes that chose different channels.
+            processes that chose different channels; a checkpoint without what it takes to go on exactly.
         RuntimeError, FloatingPointError: a missing or non-finite gradient after the first step; a
             non-finite loss.
     """
     resume = training_arguments.pop("resume_from_checkpoint", None)
     arguments = _training_arguments(training_arguments)
+    if resume and not fresh_optimizer:
+        check_resumable(resume, arguments.output_dir)
     model = _tuned(model, method, base)
     options = {"max_length": max_length, "train_on_inputs": train_on_inputs, "chat_template": chat_template}
     with arguments.main_process_first() if data_folder is not None else nullcontext():  # the others find it done
@@ -158,6 +164,26 @@ def run(trainer: Trainer, *, save: bool, resume_from_checkpoint: str | bool | No
             _write_record(trainer, result)
         print(f"inlay: {result}")
     return result
+
+
+def check_resumable(resume: str | bool, output_dir: str) -> None:
+    """ValueError if the checkpoint to resume from lacks the state of the optimizer, the schedule or the run.
+
+    transformers' Trainer starts new ones then, without a word.
+    """
+    found = get_last_checkpoint(output_dir) if resume is True else str(resume)
+    if found is None or not Path(found).is_dir():
+        return  # which Trainer says
+    names = [path.name for path in Path(found).iterdir()]
+    wanted = {"optimizer": "optimizer", "schedule": "scheduler", "run": "trainer_state"}
+    missing = [what for what, start in wanted.items() if not any(name.startswith(start) for name in names)]
+    if any(name.startswith("global_step") for name in names):  # DeepSpeed's folder holds both
+        missing = [what for what in missing if what == "run"]
+    if missing:
+        raise ValueError(
+            f"{found} holds no state of the {' and the '.join(missing)}, so that training cannot go on where it was; "
+            "resume from a complete checkpoint, or pass fresh_optimizer=True to go on with new ones"
+        )
 
 
 def _training_arguments(given: dict[str, Any]) -> transformers.TrainingArguments:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass, field, fields
 from typing import Any
 
-from ...adapters.files import FORMAT_VERSION
+from ...adapters.files import DELTAS_ONLY
 from ...methods import S2FT
 from ...methods.base import Calibration
 from ...version import __version__
@@ -72,9 +72,9 @@ class S2FTConfig(PeftConfig):
                 raise ValueError(f"S2FTConfig: {name}: wanted {wanted!r}, got {got!r}; inlay.tune has the other forms")
         self.held_calibration = calibration
         self.loaded = self.inlay is not None  # a file's config: its channels come from the file
-        options = self.method.to_dict()
+        options = self.method.stored_options()
         sample = (self.inlay or {}).get("base_sample", {})
-        self.inlay = {"base": None, "base_sample": sample, "format": FORMAT_VERSION, "options": options}
+        self.inlay = {"base": None, "base_sample": sample, "format": DELTAS_ONLY, "options": options}
         self.inlay["version"] = __version__
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from ...nn.blocks import install_blocks
 from ...nn.mixed import unmix
 from ...nn.partial import install_partial_backprop, remove_partial_backprop
 from ...targets import is_linear, resolve
+from ...task_head import task_head
 from ...tune import adopt_bitsandbytes, check_tunable
 from ..trl import watch
 from .base import refuse_tuned
@@ -59,6 +61,7 @@ class S2FTModel(BaseTuner):
                     layers_to_transform=method.layers_to_transform,
                 )
             peft_config.target_modules = set(names)
+        warn_about_head(model, peft_config)
         if peft_config.fused_blocks and not creates_on_meta():
             install_blocks(model)
 
@@ -147,6 +150,17 @@ class S2FTModel(BaseTuner):
                 remapped |= {keys[leaf]: tensor for leaf, tensor in layer.checked(adapter_name, held, name).items()}
                 layer.s2ft_unloaded.pop(adapter_name, None)
         return remapped
+
+
+def warn_about_head(model: nn.Module, config: S2FTConfig) -> None:
+    """Say that a task's head stays as it is: PEFT trains and saves one by the task type, or where it is named."""
+    head = task_head(model)
+    if head and not config.modules_to_save and not config.loaded and config.task_type in (None, "FEATURE_EXTRACTION"):
+        warnings.warn(
+            f"the head of this {type(model).__name__} ({', '.join(head)}) stays frozen and is not saved: pass "
+            f"modules_to_save={head} or a task_type such as SEQ_CLS, unless it has been trained",
+            stacklevel=2,
+        )
 
 
 def same_everywhere(model: nn.Module) -> list[str]:
