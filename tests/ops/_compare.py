@@ -1,4 +1,4 @@
-"""Shared asserts. Tolerance is an error ratio: ours against float64 may be twice torch's own in the same dtype."""
+"""Shared asserts. Tolerance is an error ratio: ours against float64 beside torch's own in the same dtype."""
 
 from __future__ import annotations
 
@@ -19,21 +19,38 @@ def assert_bits(ours: Tensor, wanted: Tensor, what: str = "") -> None:
         raise AssertionError(f"{what}: {int((~same).sum())} differ, first at {where}: {ours[where]} != {wanted[where]}")
 
 
+#: Elements that are judged together, at least: as many as it takes for torch's own error among them to be typical.
+GROUP = 64
+
+
 def assert_as_good(
     ours: Tensor, torch_same_dtype: Tensor, exact: Tensor, what: str = "", slack: float = 1.0, atol: float = 1e-30
 ) -> None:
-    """Our largest error against float64 is at most twice torch's, plus one rounding of the largest value.
+    """Our error against float64 beside torch's, at every size of element.
 
-    `slack` multiplies that rounding: for sums, whose order of additions may differ. `atol`: for results that
-    cancel to nothing.
+    The largest error is at most twice torch's, plus one rounding of the largest value. And elements are sorted by size
+    and judged in groups: the mean error of a group is at most four times torch's in that group, plus one rounding of
+    the group's largest. So small elements are allowed what arithmetic in this dtype does to small
+    ones, not what it does to the largest: a kernel that drops them fails.
+
+    `slack` multiplies the rounding: for sums, whose order of additions may differ. `atol`: for results that cancel to
+    nothing.
     """
     assert ours.shape == exact.shape, f"{what}: shape {tuple(ours.shape)}, wanted {tuple(exact.shape)}"
     if not ours.numel():
         return
-    error = (ours.double() - exact).abs().max()
-    allowed = 2 * (torch_same_dtype.double() - exact).abs().max()
-    allowed += slack * 2 * UNIT.get(ours.dtype, 2.0**-24) * exact.abs().max() + atol
-    assert bool(error <= allowed), f"{what}: error {error:.3e}, allowed {allowed:.3e}"  # a NaN fails too
+    unit = 2 * slack * UNIT.get(ours.dtype, 2.0**-24)
+    error, near = ((t.detach().double() - exact).abs().flatten() for t in (ours, torch_same_dtype))
+    size = exact.detach().abs().flatten()
+    allowed = 2 * near.max() + unit * size.max() + atol
+    assert bool(error.max() <= allowed), f"{what}: error {error.max():.3e}, allowed {allowed:.3e}"  # a NaN fails too
+    for group in size.argsort().split(max(GROUP, len(size) // 16)):
+        typical = error[group].mean()
+        allowed = 4 * near[group].mean() + unit * size[group].max() + atol
+        assert bool(typical <= allowed), (
+            f"{what}: mean error {typical:.3e} of elements of {size[group].min():.1e} to {size[group].max():.1e}, "
+            f"allowed {allowed:.3e}"
+        )
 
 
 def wide(*tensors: Tensor) -> tuple[Tensor, ...]:
