@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 NATIVE := pyproject.toml $(wildcard CMakeLists.txt setup.py csrc/* csrc/*/* cuda/* cuda/*/*)
 PYTHON_CODE := python tests examples benchmarks
 
-.PHONY: help demo demo-setup test lint format bench gpu-check wheel clean
+.PHONY: help demo demo-setup test test-slow lint format bench gpu-check wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -37,8 +37,11 @@ demo:  ## a real model learns to pronounce English: error rates, speed, memory, 
 demo-setup: $(STAMPS)/demo
 	@$(BIN)/python examples/pronounce/fetch.py .cache/smollm2
 
-test: $(STAMPS)/test  ## all tests
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) $(TEST_ARGS)
+test: $(STAMPS)/test  ## the tests, without the slow ones
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) -m 'not slow' $(TEST_ARGS)
+
+test-slow: $(STAMPS)/test  ## the slow tests: every shape under emulation, sanitizers, all families
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) -m slow $(TEST_ARGS)
 
 lint: $(STAMPS)/lint  ## ruff, clang-format, mypy
 	$(BIN)/ruff check $(PYTHON_CODE)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import families
+import methods
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -18,9 +19,9 @@ import inlay
 GLOBAL_BATCH, TOKENS, STEPS = 4, 11, 4
 
 METHODS = {
-    "s2ft": lambda: inlay.S2FT(ratio=0.25),
-    "lora": lambda: inlay.LoRA(r=4),
-    "exact": lambda: inlay.S2FT(ratio=0.25, keep="exact"),
+    "s2ft": methods.BY_NAME["s2ft"].make,
+    "lora": methods.BY_NAME["lora"].make,
+    "exact": methods.BY_NAME["s2ft-exact"].make,
     "whole": lambda: inlay.S2FT(ratio=0.25, modules_to_save=["lm_head", "norm"]),
 }
 BASES = {"dense": None, "nf4": "nf4", "nested": inlay.BaseConfig("nf4", double_quant=True)}
