@@ -18,6 +18,7 @@ from .nn.head import remove_head
 from .nn.mixed import Mixed, mix, unmix
 from .nn.partial import install_partial_backprop, remove_partial_backprop
 from .nn.tuned_linear import TunedLinear
+from .nn.use_check import check_at_first_training_forward
 from .nn.whole import (
     active_whole,
     owners,
@@ -201,7 +202,7 @@ def make_tuned(model: nn.Module, state: TuneState) -> nn.Module:
         setattr(model, STATE_ATTRIBUTE, state)
         mix(model, TunedModel)
         handle = model.register_load_state_dict_post_hook(_check_loaded_keys)
-        state.handles += [handle, watch(model)]
+        state.handles += [handle, watch(model), check_at_first_training_forward(model, tuned_linears)]
     return model
 
 

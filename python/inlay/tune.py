@@ -21,6 +21,7 @@ from .nn.blocks import install_blocks
 from .nn.head import install_head
 from .nn.tuned_linear import TunedLinear
 from .nn.tuned_quantized import tuned
+from .nn.use_check import check_by_probe
 from .nn.whole import add_whole, check_whole, keys_of
 from .task_head import whole_names, without_whole
 
@@ -76,6 +77,7 @@ def tune(
     method, builders, whole = split_whole(model, method, builders)
     for name in builders:
         check_tunable(model, name)
+    check_by_probe(model, builders)
     deltas = {name: build(model.get_submodule(name)) for name, build in builders.items()}
     check_base_fits(model, method, deltas, config)
     sample, marks = sample_weights(model, list(deltas)), fingerprint(model, list(deltas), whole)
