@@ -22,6 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCABULARY, TOKENS, ROWS = 96, 7, 2
+LARGEST = 5_000_000
 
 #: Options by their whole name, as a regular expression, and the value a tiny model gets; the first match counts.
 SMALL: tuple[tuple[str, Any], ...] = (
@@ -57,6 +58,7 @@ SMALL: tuple[tuple[str, Any], ...] = (
     (r"image_size", 8),
     (r"patch_size", 4),
     (r"(num_)?(mel_bins)", 16),
+    (r"mask_(time|feature)_prob", 0.0),
     (r".*(dropout|_pdrop|dropout_prob|dropout_rate|layerdrop|drop_path_rate).*", 0.0),
 )
 #: Options whose default a smaller model contradicts: dropped, so that the config works them out again.
@@ -133,13 +135,41 @@ def tiny_model(model_type: str, seed: int = 0) -> tuple[nn.Module, dict[str, Ten
             continue
         try:
             with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+                _check_size(auto, config)
                 model = auto.from_config(config).float()
             model.config.get_text_config().use_cache = False  # of layers that keep states, two have no cache in common
             _perturb(model)
-            return model.eval(), inputs_of(model)
+            inputs = inputs_of(model)
+            _check_it_runs(model, inputs)
+            return model.eval(), inputs
         except Exception as error:
             reason = error
     raise reason or ValueError(f"no automatic class builds {model_type}")
+
+
+def _check_size(auto: Any, config: Any) -> None:
+    with torch.device("meta"):
+        try:
+            count = sum(parameter.numel() for parameter in auto.from_config(config).parameters())
+        except Exception:
+            return  # some cannot be built there
+    if count > LARGEST:
+        raise ValueError(f"{count:,} parameters: its config has sizes under names of its own")
+
+
+def _check_it_runs(model: nn.Module, inputs: dict[str, Tensor]) -> None:
+    """Forward and backward, in both modes; statistics that a forward updates are put back."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for mode in (True, False):
+        out = first_tensor(model.train(mode)(**inputs))
+        if not bool(torch.isfinite(out).all()):
+            raise ValueError("its random weights give numbers that are not finite")
+        out.sum().backward()
+    model.zero_grad()
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in buffers and buffer.shape == buffers[name].shape:
+                buffer.copy_(buffers[name])
 
 
 def _perturb(model: nn.Module) -> None:
@@ -191,22 +221,3 @@ def model_types() -> Iterator[str]:
     causal = [name for name in CONFIG_MAPPING if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
     yield from causal
     yield from (name for name in CONFIG_MAPPING if name not in causal)
-
-
-def buildable(limit: int | None = None) -> Iterator[tuple[str, nn.Module, dict[str, Tensor]]]:
-    """(model type, model, inputs) of every architecture whose tiny model runs forward and backward."""
-    count = 0
-    for model_type in model_types():
-        if limit is not None and count >= limit:
-            return
-        try:
-            model, inputs = tiny_model(model_type)
-            out = first_tensor(model(**inputs))
-            if not bool(torch.isfinite(out).all()) or not out.requires_grad:
-                continue
-            out.sum().backward()
-            model.zero_grad()
-        except Exception:
-            continue
-        count += 1
-        yield model_type, model, inputs
