@@ -8,6 +8,7 @@ the reason.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import io
 import re
@@ -158,18 +159,12 @@ def _check_size(auto: Any, config: Any) -> None:
 
 
 def _check_it_runs(model: nn.Module, inputs: dict[str, Tensor]) -> None:
-    """Forward and backward, in both modes; statistics that a forward updates are put back."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    """Forward and backward in both modes, on a copy: some keep statistics or states of what they saw."""
     for mode in (True, False):
-        out = first_tensor(model.train(mode)(**inputs))
+        out = first_tensor(copy.deepcopy(model).train(mode)(**inputs))
         if not bool(torch.isfinite(out).all()):
             raise ValueError("its random weights give numbers that are not finite")
         out.sum().backward()
-    model.zero_grad()
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            if name in buffers and buffer.shape == buffers[name].shape:
-                buffer.copy_(buffers[name])
 
 
 def _perturb(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..integrations.transformers import attention_function, registered_attention
 from ..ops.attention import causal_attention, has_fast_backward
 from ..ops.rope import rope
 from .mixed import Mixed
-from .probe import generator, same, shallow
+from .probe import close, generator, same_at_all_sizes, shallow, takes_only
 from .stack import linears_of
 
 _PROBE = "inlay_probe"
@@ -61,6 +62,11 @@ class FusedAttention(Mixed):
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
+#: Arguments of attention modules that the fused block takes or hands on to the attention function.
+_ARGUMENTS = (
+    *("position_embeddings", "attention_mask", "cache_position", "position_ids", "output_attentions", "use_cache"),
+    *(*_CACHE_NAMES, "kwargs"),
+)
 _PROJECTIONS = (*FusedAttention.inlay_same_input, "o_proj")
 
 
@@ -102,30 +108,41 @@ def attention_settings(module: nn.Module) -> dict[str, Any] | None:
     cache_name = next((n for n in _CACHE_NAMES if n in inspect.signature(type(module).forward).parameters), None)
     if cache_name is None or not isinstance(getattr(module, "layer_idx", None), int):
         return None  # a cache under a name we do not know would be passed over, and decoding be wrong
+    if not takes_only(module, _ARGUMENTS):
+        return None
     twin, x, embeddings = _twin(module)
     cache = _Doubled()
     seen: dict[bool, dict[str, Any]] = {}
+    mask = torch.zeros(x.shape[0], 1, x.shape[1], x.shape[1])
 
     def record(_: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any):
-        seen[twin.training] = {"qkv": (query, key, value), "kwargs": kwargs}
+        seen[twin.training] = {"qkv": (query, key, value), "mask": mask, "kwargs": kwargs}
         heads = query.transpose(1, 2)
         return heads * 1.5, None
 
-    def ours() -> Tensor:
+    def ours(x: Tensor) -> Tensor:
         query, key, value = rotated_qkv(twin, x, *embeddings)
         key, value = cache.doubled(key, value, twin.layer_idx)
-        if not all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(seen[False]["qkv"], (query, key, value))):
+        if not all(close(a, b) for a, b in zip(seen[False]["qkv"], (query, key, value))):
             raise ValueError("queries, keys or values differ")
         return twin.o_proj((query.transpose(1, 2) * 1.5).reshape(*x.shape[:-1], -1))
 
-    def theirs(training: bool) -> Tensor:
+    def theirs(training: bool, mask: Tensor | None, x: Tensor) -> Tensor:
         twin.training = training
         past = {cache_name: cache}
-        return twin(hidden_states=x, position_embeddings=embeddings, attention_mask=None, **past)[0]
+        out = twin(hidden_states=x, position_embeddings=embeddings, attention_mask=mask, **past)[0]
+        if seen[training]["mask"] is not mask:
+            raise ValueError("the mask is not handed on as it is")
+        return out
 
     with registered_attention(_PROBE, record):
-        if not same(lambda: theirs(True), lambda: theirs(False)) or not same(lambda: theirs(False), ours):
-            return None
+        for given in (mask, None):
+            evaluating = partial(theirs, False, given)
+            if not same_at_all_sizes(partial(theirs, True, given), evaluating, x):
+                return None
+            if not same_at_all_sizes(evaluating, ours, x):
+                return None
+        theirs(True, None, x)
     extra = dict(seen[False]["kwargs"])
     dropout = seen[True]["kwargs"].get("dropout", 0.0)
     extra.pop("dropout", None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from ..ops.rms_norm import rms_norm
 from ..ops.swiglu import swiglu
 from .attention import FusedAttention, attention_settings
 from .mixed import Mixed, mix
-from .probe import generator, same, shallow
+from .probe import generator, same_at_all_sizes, shallow, takes_only
 from .stack import linears_of
 
 
@@ -52,18 +53,27 @@ def norm_settings(module: nn.Module) -> dict[str, float] | None:
         return None
     if set(module._parameters) != {"weight"} or module._modules or getattr(module, "bias", None) is not None:
         return None
+    if not takes_only(module, ()):
+        return None
     width, random = weight.shape[0], generator()
     twin = shallow(module, {}, {"weight": torch.randn(width, generator=random)})
-    x = torch.randn(3, width, generator=random) * 3e-3  # small, so that a wrong eps shows
+    x = torch.randn(3, width, generator=random)
     for offset in (0.0, 1.0):
-        if same(partial(twin, x), partial(rms_norm, x, twin.weight, eps, offset)):
+        ours = partial(_normed, twin.weight, eps, offset)
+        if same_at_all_sizes(twin, ours, x):
             return {"inlay_eps": eps, "inlay_offset": offset}
     return None
+
+
+def _normed(weight: Tensor, eps: float, offset: float, x: Tensor) -> Tensor:
+    return rms_norm(x, weight, eps, offset)
 
 
 def mlp_settings(module: nn.Module) -> dict[str, str] | None:
     """``inlay_act`` of a gated MLP, or None if ``module`` is none."""
     if not all(isinstance(getattr(module, name, None), nn.Linear) for name in ("gate_proj", "up_proj", "down_proj")):
+        return None
+    if not takes_only(module, ()):
         return None
     random, small = generator(), {}
     for name, (rows, columns) in {"gate_proj": (12, 8), "up_proj": (12, 8), "down_proj": (8, 12)}.items():
@@ -73,12 +83,12 @@ def mlp_settings(module: nn.Module) -> dict[str, str] | None:
     twin = shallow(module, small, {})
     x = torch.randn(5, 8, generator=random)
     for act in ("silu", "gelu_tanh", "gelu"):
-        if same(partial(twin, x), partial(_gated, twin, x, act)):
+        if same_at_all_sizes(twin, partial(_gated, twin, act), x):
             return {"inlay_act": act}
     return None
 
 
-def _gated(module: nn.Module, x: Tensor, act: str) -> Tensor:
+def _gated(module: nn.Module, act: str, x: Tensor) -> Tensor:
     return module.down_proj(swiglu(module.gate_proj(x), module.up_proj(x), act))
 
 
@@ -128,8 +138,34 @@ def _settings_in_both_modes(module: nn.Module, settings_of: Callable[[nn.Module]
 
 
 def _signature(module: nn.Module) -> tuple:
-    """What tells two modules of one class apart: plain attributes and children's classes."""
-    plain = {k: v for k, v in module.__dict__.items() if isinstance(v, bool | int | float | str)}
-    plain.pop("layer_idx", None)
-    plain.pop("training", None)
-    return tuple(sorted(plain.items())), tuple((n, type(m)) for n, m in module.named_children())
+    """What tells two modules of one class apart: their attributes and their children's, and what their config says of
+    their layer. ``layer_idx`` itself is no difference; what follows from it is."""
+    own = _attributes(module)
+    children = tuple((name, type(child), _attributes(child)) for name, child in module.named_children())
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    by_layer = (id(config), *_of_layer(config, layer)) if config is not None else ()
+    return own, children, by_layer, "forward" in module.__dict__
+
+
+def _attributes(module: nn.Module) -> tuple:
+    """Values of a module's attributes, with shapes of its parameters and contents of small buffers, sorted by name."""
+    found: dict[str, Any] = {}
+    for name, value in vars(module).items():
+        if name in ("layer_idx", "training", "config") or name.startswith("_"):
+            continue
+        plain = isinstance(value, bool | int | float | str | list | tuple | dict | set | torch.dtype | None)
+        found[name] = repr(value) if plain else getattr(value, "__qualname__", type(value).__qualname__)
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        found[name] = None if tensor is None else tuple(tensor.shape)
+    for name, tensor in module._buffers.items():
+        if tensor is not None and tensor.device.type == "cpu" and tensor.numel() <= 4096:
+            found[f"{name} values"] = repr(tensor.tolist())
+    return tuple(sorted(found.items(), key=lambda item: item[0]))
+
+
+def _of_layer(config: Any, layer: Any) -> list[tuple[str, str]]:
+    """What lists in ``config`` say of one layer: its type, whether it rotates, its window."""
+    if not isinstance(layer, int):
+        return []
+    lists = {name: value for name, value in vars(config).items() if isinstance(value, list | tuple)}
+    return [(name, repr(value[layer])) for name, value in sorted(lists.items()) if layer < len(value)]
