@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class DataReport:
     supervised_tokens: int = 0
     longest: int = 0
     rows: int = 0  # rows the samples were packed into; 0: not packed
+    highest_token: int = -1  # of all ids and labels; -1: not counted
+    notes: list[str] = field(default_factory=list)  # what the chat template cannot teach
 
     def __str__(self) -> str:
         share = 100 * self.supervised_tokens / max(self.tokens, 1)
@@ -36,7 +38,9 @@ class DataReport:
         notes = [f"{count:,} {what}" for what, count in counts.items() if count]
         return (
             f"{self.samples:,} samples from {self.records:,} records ({self.format}), {self.tokens:,} tokens, "
-            f"{share:.1f}% supervised, longest {self.longest}" + "".join(f", {note}" for note in notes)
+            f"{share:.1f}% supervised, longest {self.longest}"
+            + "".join(f", {note}" for note in notes)
+            + "".join(f"\ninlay: data: note: {note}" for note in self.notes)
         )
 
 
@@ -144,6 +148,7 @@ def _encode_all(
                 yield sample
             else:
                 report.dropped += 1
+        report.notes = list(encoder.notes)
 
 
 def _encode(encoder: Encoder, example: Example, index: int) -> list[Sample]:
@@ -170,6 +175,7 @@ def _count(sample: Sample, report: DataReport) -> None:
     report.tokens += len(sample["input_ids"])
     report.supervised_tokens += supervised_count(sample["labels"])
     report.longest = max(report.longest, len(sample["input_ids"]))
+    report.highest_token = max(report.highest_token, *sample["input_ids"], *sample["labels"])
 
 
 def _nothing_left(report: DataReport, max_length: int) -> str:

@@ -28,11 +28,13 @@ RecordSource = str | Path | Iterable[Record]
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns for a chat template. Assistant turns from index `supervised_from` on are supervised."""
+    """Turns for a chat template. Assistant turns from index `supervised_from` on are supervised, but for those in
+    `skipped`, whose record says `weight: 0` or `train: false`."""
 
     messages: list[dict[str, Any]]
     supervised_from: int = 0
     tools: list[Any] | None = None
+    skipped: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,21 @@ def iter_records(source: RecordSource) -> Iterator[Record]:
     """Records one at a time; of a .jsonl or .parquet file no more than a few are held in memory."""
     if isinstance(source, str | Path):
         yield from _read_file(Path(source))
+    elif type(source).__module__.partition(".")[0] == "datasets":
+        yield from map(without_nulls, source)
     elif isinstance(source, Iterable) and not isinstance(source, Mapping):
         yield from source
     else:
         raise TypeError(
             f"wanted a path, or an iterable of dicts such as a list or a datasets.Dataset, got {type(source).__name__}"
         )
+
+
+def without_nulls(value: Any) -> Any:
+    """A record from Arrow without the nulls that fill the keys it lacks and other rows have, at every depth."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(held) for key, held in value.items() if held is not None}
+    return [without_nulls(held) for held in value] if isinstance(value, list) else value
 
 
 def _read_file(path: Path) -> Iterator[Record]:
@@ -145,9 +156,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
     except ImportError:
         raise ValueError(f"wanted pyarrow to read {path.name}; pip install pyarrow, or convert it to JSONL") from None
     for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
-        for record in batch.to_pylist():
-            # A column that other rows use is null here: the record lacks that key.
-            yield {key: value for key, value in record.items() if value is not None}
+        yield from map(without_nulls, batch.to_pylist())
 
 
 def parse_records(records: Iterable[Record], *, chat: bool) -> tuple[str, list[Example]]:
@@ -198,7 +207,7 @@ def _explain_keys(keys: set[str]) -> str:
 
 def _parse(name: str, record: Record, index: int, chat: bool) -> Example:
     if name == "messages":
-        return Conversation(_check_messages(record["messages"], "messages", index), tools=record.get("tools"))
+        return _conversation(_check_messages(record["messages"], "messages", index), tools=record.get("tools"))
     if name == "sharegpt":
         return _parse_sharegpt(record, index)
     if name == "tokenized":
@@ -214,7 +223,7 @@ def _parse_prompt_completion(record: Record, index: int, chat: bool) -> Example:
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         turns = _check_messages(prompt, "prompt", index)
-        return Conversation(turns + _check_messages(completion, "completion", index), supervised_from=len(turns))
+        return _conversation(turns + _check_messages(completion, "completion", index), supervised_from=len(turns))
     prompt, completion = _check_text(record, "prompt", index), _check_text(record, "completion", index)
     return _dialogue(prompt, completion) if chat else Plain(prompt, completion)
 
@@ -241,8 +250,9 @@ def _parse_sharegpt(record: Record, index: int) -> Conversation:
                 f"record {index}, conversations[{position}]: wanted {{'from': one of {sorted(SHAREGPT_ROLES)}, "
                 f"'value': '...'}}, got {turn!r:.80}; write other turns, such as tool calls, in the messages format"
             )
-        messages.append({"role": SHAREGPT_ROLES[speaker], "content": turn["value"]})
-    return Conversation(_check_messages(messages, "conversations", index), tools=record.get("tools"))
+        marks = {key: turn[key] for key in _MARKS if key in turn}
+        messages.append({"role": SHAREGPT_ROLES[speaker], "content": turn["value"], **marks})
+    return _conversation(_check_messages(messages, "conversations", index), tools=record.get("tools"))
 
 
 def _parse_tokenized(record: Record, index: int) -> Tokenized:
@@ -255,6 +265,17 @@ def _parse_tokenized(record: Record, index: int) -> Tokenized:
             raise ValueError(f"record {index}: wanted {len(ids)} whole numbers under {key!r}, got {values!r:.80}")
     kept = [i for i, seen in enumerate(mask) if seen]  # what a mask hides is padding
     return Tokenized([ids[i] for i in kept], [labels[i] for i in kept])
+
+
+#: What a turn may say of its own training: OpenAI's key, and axolotl's.
+_MARKS = ("weight", "train")
+
+
+def _conversation(messages: list[dict[str, Any]], **options: Any) -> Conversation:
+    """The turns without their marks, which a template would not know, and which of them are skipped."""
+    skipped = frozenset(i for i, turn in enumerate(messages) if any(turn.get(mark) in (0, False) for mark in _MARKS))
+    bare = [{key: value for key, value in turn.items() if key not in _MARKS} for turn in messages]
+    return Conversation(bare, skipped=skipped, **options)
 
 
 def _dialogue(question: str, answer: str) -> Conversation:
@@ -279,4 +300,10 @@ def _check_messages(messages: Any, key: str, index: int) -> list[dict[str, Any]]
                 f"record {index}, {key}[{position}]: wanted a turn like {{'role': 'user', 'content': '...'}}, "
                 f"got {turn!r:.80}"
             )
+        for mark in _MARKS:
+            if turn.get(mark, 1) not in (0, 1):
+                raise ValueError(
+                    f"record {index}, {key}[{position}]: wanted {mark} 0 or 1, got {turn[mark]!r}; a turn is trained "
+                    "or it is not"
+                )
     return [dict(turn) for turn in messages]

@@ -12,10 +12,12 @@ border, the pieces are tokenized apart.
 from __future__ import annotations
 
 import os.path
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from .contents import Contents
 from .formats import Conversation, Example, Plain, Tokenized
 
 IGNORED = -100  # the label of an unsupervised position, everywhere in this field
@@ -46,6 +48,10 @@ class Encoder:
         self._has_template = has_template
         added = getattr(tokenizer, "added_tokens_decoder", {})
         # all_special_ids holds the named ones only; end-of-turn tokens are often just "added, special".
+        self.notes: dict[str, None] = {}  # what a user should know of the template, each once
+        self._contents = Contents(tokenizer) if has_template else None
+        ends = list(tokenizer("a")["input_ids"])
+        self._adds_eos = bool(ends) and ends[-1] == tokenizer.eos_token_id
         self._special_ids = set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
 
     def encode(self, example: Example) -> list[Sample]:
@@ -65,25 +71,36 @@ class Encoder:
         ids = self._plain_ids(example.prompt + example.completion)
         if example.prompt and ids[: len(prompt)] != prompt:
             ids = prompt + self.tokenizer(example.completion, add_special_tokens=False)["input_ids"]
-        ids = ids + [eos]
+        if ids[len(prompt) :][-1:] != [eos]:  # the text may end in it
+            ids = ids + [eos]
         # With no prompt, a leading BOS is supervised in name only: nothing predicts position 0.
         hidden = 0 if self.train_on_inputs or not example.prompt else len(prompt)
         return {"input_ids": ids, "labels": [IGNORED] * hidden + ids[hidden:]}
 
     def _plain_ids(self, text: str) -> list[int]:
         ids = list(self.tokenizer(text)["input_ids"])
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            ids = ids[1:]  # the text begins with it, and the tokenizer adds another
         # Some tokenizers append EOS themselves; we add it once, after the completion.
-        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+        return ids[:-1] if self._adds_eos and ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
     # -- conversations --------------------------------------------------------------------------
 
     def _split(self, conversation: Conversation) -> list[list[Piece]]:
         """The rendered conversation cut at the borders of its supervised turns."""
+        if self._contents is not None:
+            messages = self._contents.as_the_template_wants(conversation.messages)
+            conversation = replace(conversation, messages=messages)
         messages = conversation.messages
         full = self._render(conversation, len(messages))
         if self.train_on_inputs:
             return [[(full.rstrip(), True)]]
-        turns = [i for i in range(conversation.supervised_from, len(messages)) if messages[i]["role"] == "assistant"]
+        turns = [
+            i
+            for i in range(conversation.supervised_from, len(messages))
+            if messages[i]["role"] == "assistant" and i not in conversation.skipped
+        ]
         spans = [self._turn_span(conversation, i) for i in turns]
         if all(full.startswith(span.text) for span in spans):
             return [_cut(full, spans)]
@@ -97,6 +114,14 @@ class Encoder:
         # Some templates put more into the generation prompt than into the finished turn (an empty
         # reasoning block); what follows the common part is the turn.
         start = len(os.path.commonprefix([before, text])) if index else _opening_start(conversation, text)
+        if index and (extra := before[start:]).strip():
+            if not re.fullmatch(r"\s*<(\w+)>\s*</\1>\s*", extra):
+                self.notes[
+                    f"generation begins with {extra.strip()!r}, which the chat template leaves out of finished turns: "
+                    "what is trained begins before it"
+                ] = None
+            else:  # an empty block: what is trained begins behind it, as generation does
+                text, start = before + text[start:].lstrip(), len(before)
         if start < len(self._render(conversation, index)):
             raise ValueError(
                 f"the chat template does not extend a conversation turn by turn (turn {index} changes the text "
@@ -127,6 +152,11 @@ class Encoder:
             new = joined[len(ids) :] if joined[: len(ids)] == ids else self._template_ids(piece)
             ids = ids + new
             labels += new if supervised else [IGNORED] * len(new)
+            if supervised and new and new[-1] not in self._special_ids and piece is not pieces[-1][0]:
+                self.notes[
+                    "the chat template has no end-of-turn token: only the last turn of a conversation teaches the "
+                    "model to stop"
+                ] = None
         if pieces and pieces[-1][1] and ids[-1] not in self._special_ids:
             # A template without an end-of-turn token: without this the model would never stop.
             ids.append(self.tokenizer.eos_token_id)

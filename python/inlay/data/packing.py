@@ -78,7 +78,7 @@ def check_samples_stay_apart(model: nn.Module, length: int = 6) -> None:
     """
     config: Any = model.config
     generator = torch.Generator().manual_seed(0)
-    first, other, second = torch.randint(config.vocab_size, (3, length), generator=generator)
+    first, other, second = torch.randint(config.get_text_config().vocab_size, (3, length), generator=generator)
     device = next(model.parameters()).device
     positions = torch.arange(length)
 

@@ -22,6 +22,7 @@ from ..nn.head import FusedCausalLoss
 from ..tune import tune
 from .arguments import training_arguments as build_arguments
 from .expected import expected_peak
+from .fits import check_data_fits
 from .memory import PeakMemory
 from .preflight import Preflight
 from .processes import check_processes_agree
@@ -115,6 +116,9 @@ def finetune(
         check_samples_stay_apart(model)
         train_data = train_data.pack(max_length)
     held_out = None if eval_data is None else _prepared(eval_data, tokenizer, options)
+    for prepared in (train_data, held_out):
+        if prepared is not None:
+            check_data_fits(model, prepared)
     collator = Collator.for_model(model, tokenizer)
     trainer = Trainer(
         model=model,
