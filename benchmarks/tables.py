@@ -185,12 +185,37 @@ def estimate_table() -> str:
     return "\n".join([*lines, "", f"{machine_line(result['machine'])}."]) + "\n"
 
 
+RUN_SHAPES = {
+    "short": "32 words of 10 to 33 tokens, of like length, bf16",
+    "fp32": "8 samples of 40 to 103 tokens, fp32",
+    "tail": "4 samples of 16 to 511 tokens, bf16",
+    "packed": "4 packed rows of 256 tokens, bf16",
+    "long": "1 sample of 512 to 1,024 tokens, bf16",
+}
+
+
+def run_memory_table() -> str:
+    """Estimated beside measured peak memory of whole runs, evaluations included."""
+    result = read("run_memory_cpu")
+    if result is None:
+        return "not measured yet\n"
+    lines = ["| a batch (S2FT on SmolLM2-135M) | estimated | measured | ratio |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        expected, measured = row["expected"], row["measured"]
+        lines.append(
+            f"| {RUN_SHAPES[row['shape']]} | {expected / 2**20:,.0f} MiB | {measured / 2**20:,.0f} MiB | "
+            f"{expected / measured:.2f} |"
+        )
+    return "\n".join([*lines, "", f"{machine_line(result['machine'])}."]) + "\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "train-step": lambda: step_table("train_step_cpu", "peft-lora"),
     "train-step-nf4": lambda: step_table("train_step_cpu_nf4", "peft-qlora"),
     "quality": quality_table,
     "scale": scale_table,
     "estimate": estimate_table,
+    "run-memory": run_memory_table,
     "four-bit-ops": lambda: op_table("quantize_blockwise", "quantized_linear"),
     "cross-entropy": lambda: op_table("cross_entropy"),
     "generate": generate_table,

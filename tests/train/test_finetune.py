@@ -35,7 +35,7 @@ def test_trains_measures_and_prints(capsys):
     out = capsys.readouterr().out
     assert "cat:[[  tac<|im_end|> ]]" in out and "loss on completions only" in out
     assert "trainable params:" in out and "tokens/s" in out and "padding" in out
-    assert "(estimated for a step of the longest batch: " in out and result.expected_memory_bytes > 0
+    assert "(estimated for this run: " in out and result.expected_memory_bytes > 0
 
 
 def test_a_run_does_not_fail_for_want_of_an_estimate(monkeypatch, capsys):

@@ -46,7 +46,7 @@ class FinetuneResult:
     def __str__(self) -> str:
         memory = "unknown" if self.peak_memory_bytes is None else f"{self.peak_memory_bytes / 2**20:,.0f} MiB"
         if self.expected_memory_bytes is not None:
-            memory += f" (estimated for a step of the longest batch: {self.expected_memory_bytes / 2**20:,.0f})"
+            memory += f" (estimated for this run: {self.expected_memory_bytes / 2**20:,.0f})"
         return (
             f"{self.steps} steps in {self.seconds:.1f} s: {self.tokens_per_second:,.0f} tokens/s, "
             f"{self.padding_fraction:.1%} padding, peak memory {memory} above the loaded model"
