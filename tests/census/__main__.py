@@ -1,7 +1,7 @@
 """Print the census: one row for each architecture, then what could not be built, and a count.
 
-python -m tests.census > docs/families.md
-python -m tests.census llama falcon
+PYTHONPATH=tests python -m census > docs/families.md
+PYTHONPATH=tests python -m census llama falcon
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 
-from .families import FUSED, Finding, examine
+from .examine import FUSED, Finding, examine
 from .tiny import model_types
 
 HEAD = """# Families
@@ -25,7 +25,7 @@ in training mode; gradients are those of the same model without fused blocks; sa
 column that is not empty says what is wrong, or which linears cannot be tuned because their parents read the weight
 without calling them.
 
-`python -m tests.census > docs/families.md` makes this page; `make test` and `make test-slow` assert it.
+`PYTHONPATH=tests python -m census > docs/families.md` makes this page; `make test` and `make test-slow` assert it.
 """
 
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.census.families import examine
-from tests.census.tiny import model_types
+from census.examine import examine
+from census.tiny import model_types
 
 #: What most people fine-tune, and those that once were wrong.
 COMMON = [

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import copy
 import re
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+from census.test_families import COMMON, REST
+from census.tiny import tiny_model
 from inlay.nn.attention import FusedAttention
 from inlay.nn.blocks import FusedGatedMLP, FusedRMSNorm, install_blocks
 from inlay.nn.probe import MAGNITUDES
-from tests.census.test_families import COMMON, REST
-from tests.census.tiny import tiny_model
 
 KINDS = {"norm": r".*(RMSNorm|Norm)", "MLP": r".*(MLP|Mlp|FeedForward)", "attention": r".*Attention"}
 

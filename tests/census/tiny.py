@@ -87,6 +87,8 @@ def _shrink(config: Any, depth: int = 0) -> dict[str, Any]:
             small = next((value for pattern, value in SMALL if re.fullmatch(pattern, name)), None)
             if small is not None and (isinstance(small, float) or small < held):
                 options[name] = type(held)(small)
+    if {"state_size", "num_heads", "head_dim"} <= set(options):  # state spaces of twice the hidden size
+        options["head_dim"] = 16
     if "qk_rope_head_dim" in options:  # latent attention: the other widths follow, and keys have all heads
         options = {name: value for name, value in options.items() if name not in ("head_dim", "qk_head_dim")}
         options |= {"num_key_value_heads": 4} if "num_key_value_heads" in options else {}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from census.tiny import first_tensor, tiny_model
 from families import llama, text_batch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
@@ -17,9 +16,6 @@ import inlay
 from inlay.nn.attention import attention_settings
 from inlay.nn.blocks import _signature, install_blocks, mlp_settings, norm_settings
 from inlay.nn.mixed import Mixed
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "census"))
-from tiny import first_tensor, tiny_model
 
 LIMITS = (0.1, 1.0, 7.0, 10.0, 200.0, 5000.0)
 

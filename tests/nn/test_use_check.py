@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from census.tiny import first_tensor, tiny_model
 from families import FAMILIES, llama, text_batch
 from torch import nn
 from torch.nn import functional
 
 import inlay
 from inlay.nn.use_check import check_by_probe, observed
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "census"))
-from tiny import first_tensor, tiny_model
 
 
 class Reader(nn.Module):

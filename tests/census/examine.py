@@ -1,7 +1,7 @@
 """What each architecture gets: default targets of S²FT, fused blocks, and whether tuning keeps what the model computes.
 
-python -m tests.census                  # all of them, as the table of docs/families.md
-python -m tests.census llama falcon     # some
+PYTHONPATH=tests python -m census                  # all of them, as the table of docs/families.md
+PYTHONPATH=tests python -m census llama falcon     # some
 """
 
 from __future__ import annotations
