@@ -20,7 +20,7 @@ GLOBAL_BATCH, TOKENS, STEPS = 4, 11, 4
 
 METHODS = {
     "s2ft": methods.BY_NAME["s2ft"].make,
-    "lora": methods.BY_NAME["lora"].make,
+    "lora": lambda: methods.BY_NAME["lora"].make(lora_alpha=32),  # smaller, Adam would show roundings of A
     "exact": methods.BY_NAME["s2ft-exact"].make,
     "whole": lambda: inlay.S2FT(ratio=0.25, modules_to_save=["lm_head", "norm"]),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -148,18 +148,19 @@ def check_at_first_training_forward(model: nn.Module, linears: Any) -> Removable
         ValueError: see :func:`refuse_unused`; by that forward.
     """
     model.__dict__[_UNSEEN] = True  # by model, so that a copy is looked at in its own right
+    return model.register_forward_pre_hook(partial(_look, linears), with_kwargs=True)
 
-    def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not module.training or torch.compiler.is_compiling() or not module.__dict__.pop(_UNSEEN, False):
-            return
-        context = observed(linears(module))
-        uses = context.__enter__()
 
-        def end(*_: Any) -> None:
-            done.remove()
-            context.__exit__(None, None, None)
-            refuse_unused(module, uses)
+def _look(linears: Any, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: look at this forward if it is the first that trains. A function, so that models pickle."""
+    if not model.training or torch.compiler.is_compiling() or not model.__dict__.pop(_UNSEEN, False):
+        return
+    context = observed(linears(model))
+    uses = context.__enter__()
 
-        done = module.register_forward_hook(end, always_call=True)
+    def end(*_: Any) -> None:
+        done.remove()
+        context.__exit__(None, None, None)
+        refuse_unused(model, uses)
 
-    return model.register_forward_pre_hook(begin, with_kwargs=True)
+    done = model.register_forward_hook(end, always_call=True)
