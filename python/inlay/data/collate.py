@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .masking import IGNORED, Sample
+from .room import embedding_rows
 
 
 @dataclass
@@ -24,16 +25,22 @@ class Collator:
     pad_token_id: int
     attention_mask: bool = False
     multiple_of: int = 8
+    widest: int | None = None  # positions of the model: padding stays below
 
     @classmethod
-    def for_model(cls, model: Any, tokenizer: Any) -> Collator:
-        pad = tokenizer.pad_token_id
-        # Any id will do where nothing is ever read; EOS exists for every tokenizer we accept.
-        return cls(tokenizer.eos_token_id if pad is None else pad, attention_mask=needs_attention_mask(model))
+    def for_model(cls, model: Any, tokenizer: Any, widest: int | None = None) -> Collator:
+        pad, rows = tokenizer.pad_token_id, embedding_rows(model)
+        # Any id that has a row will do where nothing is ever read; EOS exists for every tokenizer we accept, and a pad
+        # token may have been added to the tokenizer alone.
+        if pad is None or (rows is not None and pad >= rows):
+            pad = tokenizer.eos_token_id
+        return cls(pad, attention_mask=needs_attention_mask(model), widest=widest)
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         longest = max(len(sample["input_ids"]) for sample in samples)
         width = -(-longest // self.multiple_of) * self.multiple_of
+        if self.widest is not None and "position_ids" not in samples[0]:
+            width = max(longest, min(width, self.widest))
         batch: dict[str, Any] = {
             "input_ids": _pad(samples, "input_ids", width, self.pad_token_id),
             "labels": _pad(samples, "labels", width, IGNORED),

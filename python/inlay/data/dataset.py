@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..version import __version__ as version
 from .formats import Example, RecordSource, iter_examples, iter_records
-from .masking import IGNORED, Encoder, Sample
+from .masking import ENCODING, IGNORED, Encoder, Sample
 from .packing import PackedSamples
 from .storage import DiskSamples, SampleWriter, read_made_from, write_made_from
 
@@ -131,7 +132,15 @@ def _key(source: RecordSource, tokenizer: Any, *options: Any) -> list[Any] | Non
     if not isinstance(source, str | Path) or not Path(source).is_file():
         return None
     found = Path(source).stat()
-    words = json.dumps([sorted(tokenizer.get_vocab().items()), getattr(tokenizer, "chat_template", None)])
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # holds normalizers and what is added to every text
+    words = json.dumps(
+        [
+            sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str(),
+            {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())},
+            getattr(tokenizer, "chat_template", None),
+            [ENCODING, version],
+        ]
+    )
     file = [str(Path(source).resolve()), found.st_size, found.st_mtime_ns]
     return [file, hashlib.sha256(words.encode()).hexdigest(), *options]
 

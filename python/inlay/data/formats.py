@@ -29,12 +29,13 @@ RecordSource = str | Path | Iterable[Record]
 @dataclass(frozen=True)
 class Conversation:
     """Turns for a chat template. Assistant turns from index `supervised_from` on are supervised, but for those in
-    `skipped`, whose record says `weight: 0` or `train: false`."""
+    `skipped`, whose record says `weight: 0` or `train: false`. `asked`: turns of others that it says are trained."""
 
     messages: list[dict[str, Any]]
     supervised_from: int = 0
     tools: list[Any] | None = None
     skipped: frozenset[int] = frozenset()
+    asked: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def iter_records(source: RecordSource) -> Iterator[Record]:
     """Records one at a time; of a .jsonl or .parquet file no more than a few are held in memory."""
     if isinstance(source, str | Path):
         yield from _read_file(Path(source))
-    elif type(source).__module__.partition(".")[0] == "datasets":
+    elif _is_of_arrow(source):
         yield from map(without_nulls, source)
     elif isinstance(source, Iterable) and not isinstance(source, Mapping):
         yield from source
@@ -105,6 +106,16 @@ def iter_records(source: RecordSource) -> Iterator[Record]:
         raise TypeError(
             f"wanted a path, or an iterable of dicts such as a list or a datasets.Dataset, got {type(source).__name__}"
         )
+
+
+def _is_of_arrow(source: Any) -> bool:
+    """A datasets.Dataset, an IterableDataset, something derived from one, or torch's subset or chain of them."""
+    names = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(source).__mro__}
+    if names & {("datasets", "Dataset"), ("datasets", "IterableDataset")}:
+        return True
+    held = [source.dataset] if ("torch", "Subset") in names else []
+    held += source.datasets if ("torch", "ConcatDataset") in names else []
+    return any(map(_is_of_arrow, held))
 
 
 def without_nulls(value: Any) -> Any:
@@ -250,32 +261,43 @@ def _parse_sharegpt(record: Record, index: int) -> Conversation:
                 f"record {index}, conversations[{position}]: wanted {{'from': one of {sorted(SHAREGPT_ROLES)}, "
                 f"'value': '...'}}, got {turn!r:.80}; write other turns, such as tool calls, in the messages format"
             )
-        marks = {key: turn[key] for key in _MARKS if key in turn}
+        marks = {key: turn[key] for key in _MARKS + _DETAILS if key in turn}
         messages.append({"role": SHAREGPT_ROLES[speaker], "content": turn["value"], **marks})
     return _conversation(_check_messages(messages, "conversations", index), tools=record.get("tools"))
 
 
 def _parse_tokenized(record: Record, index: int) -> Tokenized:
     ids = record["input_ids"]
-    labels = record.get("labels", ids)
-    mask = record.get("attention_mask", [1] * len(ids))
+    labels = ids if record.get("labels") is None else record["labels"]
+    mask = [1] * len(ids) if record.get("attention_mask") is None else record["attention_mask"]
     lists = {"input_ids": ids, "labels": labels, "attention_mask": mask}
     for key, values in lists.items():
         if len(values) != len(ids) or not all(isinstance(value, int) for value in values):
             raise ValueError(f"record {index}: wanted {len(ids)} whole numbers under {key!r}, got {values!r:.80}")
+    for key, values, other in (("input_ids", ids, 0), ("labels", labels, -100)):
+        if wrong := [value for value in values if value < 0 and value != other]:
+            hint = "; a label of -100 is not trained" if other else ""
+            raise ValueError(f"record {index}: wanted token ids of at least 0 under {key!r}, got {wrong[0]}{hint}")
     kept = [i for i, seen in enumerate(mask) if seen]  # what a mask hides is padding
     return Tokenized([ids[i] for i in kept], [labels[i] for i in kept])
 
 
-#: What a turn may say of its own training: OpenAI's key, and axolotl's.
-_MARKS = ("weight", "train")
+#: What a turn may say of its own training: OpenAI's key, and axolotl's two.
+_MARKS = ("weight", "train", "training")
+#: axolotl's training of parts of a turn.
+_DETAILS = ("train_detail", "training_detail")
 
 
 def _conversation(messages: list[dict[str, Any]], **options: Any) -> Conversation:
     """The turns without their marks, which a template would not know, and which of them are skipped."""
     skipped = frozenset(i for i, turn in enumerate(messages) if any(turn.get(mark) in (0, False) for mark in _MARKS))
-    bare = [{key: value for key, value in turn.items() if key not in _MARKS} for turn in messages]
-    return Conversation(bare, skipped=skipped, **options)
+    asked = frozenset(
+        i
+        for i, turn in enumerate(messages)
+        if turn["role"] != "assistant" and i not in skipped and any(turn.get(mark) in (1, True) for mark in _MARKS)
+    )
+    bare = [{key: value for key, value in turn.items() if key not in _MARKS + _DETAILS} for turn in messages]
+    return Conversation(bare, skipped=skipped, asked=asked, **options)
 
 
 def _dialogue(question: str, answer: str) -> Conversation:
@@ -300,8 +322,14 @@ def _check_messages(messages: Any, key: str, index: int) -> list[dict[str, Any]]
                 f"record {index}, {key}[{position}]: wanted a turn like {{'role': 'user', 'content': '...'}}, "
                 f"got {turn!r:.80}"
             )
+        for detail in _DETAILS:
+            if turn.get(detail):
+                raise ValueError(
+                    f"record {index}, {key}[{position}]: {detail} trains parts of a turn, which is not supported; give "
+                    "whole turns a weight of 0 or 1, or pass input_ids and labels"
+                )
         for mark in _MARKS:
-            if turn.get(mark, 1) not in (0, 1):
+            if turn.get(mark) not in (None, 0, 1):
                 raise ValueError(
                     f"record {index}, {key}[{position}]: wanted {mark} 0 or 1, got {turn[mark]!r}; a turn is trained "
                     "or it is not"

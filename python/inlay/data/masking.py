@@ -1,8 +1,6 @@
 """Which tokens are supervised: from an Example to {input_ids, labels}.
 
-The mask of a conversation is found by rendering prefixes: an assistant turn is the text that the
-chat template adds between "everything before it, plus the generation prompt" and "everything up
-to and including it". This needs no `{% generation %}` markers, which most published templates lack.
+The mask of a conversation is found by rendering prefixes; see :mod:`inlay.data.turns`.
 
 Tokens of the prompt are always the ones that generation will see, because a prompt is tokenized on
 its own there: if tokenizing prompt and completion together would merge characters across the
@@ -11,16 +9,18 @@ border, the pieces are tokenized apart.
 
 from __future__ import annotations
 
-import os.path
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from .contents import Contents
 from .formats import Conversation, Example, Plain, Tokenized
+from .tokens import Tokens
+from .turns import NO_TEMPLATE, Span, Turns
 
 IGNORED = -100  # the label of an unsupervised position, everywhere in this field
+#: Raised with every change of what records become: samples on disk are of one encoding.
+ENCODING = 2
 
 Sample = dict[str, list[int]]
 Piece = tuple[str, bool]  # text, supervised
@@ -31,28 +31,25 @@ class Encoder:
 
     `chat_template`: None uses the tokenizer's template if it has one, for every format but text;
     False never uses it (prompt and completion are then joined as they are); True demands one.
+    `notes`: what a user should know of the records and the template, each once, in order.
+
+    Raises:
+        TypeError: a processor instead of its tokenizer.
+        ValueError: no EOS token; no chat template where one is demanded.
     """
 
     def __init__(self, tokenizer: Any, *, train_on_inputs: bool = False, chat_template: bool | None = None) -> None:
+        _check_tokenizer(tokenizer)
         has_template = bool(getattr(tokenizer, "chat_template", None))
         if chat_template and not has_template:
-            raise ValueError(_NO_TEMPLATE)
-        if tokenizer.eos_token_id is None:
-            raise ValueError(
-                "wanted a tokenizer with an end-of-sequence token, got eos_token=None: the model would never "
-                "learn to stop; set tokenizer.eos_token"
-            )
+            raise ValueError(NO_TEMPLATE)
         self.tokenizer = tokenizer
         self.train_on_inputs = train_on_inputs
         self.chat = has_template if chat_template is None else chat_template
-        self._has_template = has_template
-        added = getattr(tokenizer, "added_tokens_decoder", {})
-        # all_special_ids holds the named ones only; end-of-turn tokens are often just "added, special".
-        self.notes: dict[str, None] = {}  # what a user should know of the template, each once
+        self.notes: dict[str, None] = {}
         self._contents = Contents(tokenizer) if has_template else None
-        ends = list(tokenizer("a")["input_ids"])
-        self._adds_eos = bool(ends) and ends[-1] == tokenizer.eos_token_id
-        self._special_ids = set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+        self._tokens = Tokens(tokenizer)
+        self._turns = Turns(tokenizer, self.notes)
 
     def encode(self, example: Example) -> list[Sample]:
         """Usually one sample; one per assistant turn where the template rewrites earlier turns."""
@@ -61,29 +58,24 @@ class Encoder:
         if isinstance(example, Tokenized):
             labels = example.input_ids if self.train_on_inputs else example.labels
             return [{"input_ids": list(example.input_ids), "labels": list(labels)}]
+        self._note_records(example)
         return [self._encode_pieces(pieces) for pieces in self._split(example)]
 
     # -- plain text -----------------------------------------------------------------------------
 
     def _encode_plain(self, example: Plain) -> Sample:
-        eos = self.tokenizer.eos_token_id
-        prompt = self._plain_ids(example.prompt)
-        ids = self._plain_ids(example.prompt + example.completion)
-        if example.prompt and ids[: len(prompt)] != prompt:
-            ids = prompt + self.tokenizer(example.completion, add_special_tokens=False)["input_ids"]
-        if ids[len(prompt) :][-1:] != [eos]:  # the text may end in it
-            ids = ids + [eos]
+        tokens = self._tokens
+        prompt = tokens.plain(example.prompt)
+        ids = tokens.plain(example.prompt + example.completion)
+        if example.prompt:
+            ids = prompt + tokens.following(prompt, ids, example.completion)
+        if not example.completion.strip():
+            self.notes[_EMPTY_ANSWERS] = None
+        if ids[len(prompt) :][-1:] != [tokens.eos]:  # the text may end in it
+            ids = ids + [tokens.eos]
         # With no prompt, a leading BOS is supervised in name only: nothing predicts position 0.
         hidden = 0 if self.train_on_inputs or not example.prompt else len(prompt)
         return {"input_ids": ids, "labels": [IGNORED] * hidden + ids[hidden:]}
-
-    def _plain_ids(self, text: str) -> list[int]:
-        ids = list(self.tokenizer(text)["input_ids"])
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and ids[:2] == [bos, bos]:
-            ids = ids[1:]  # the text begins with it, and the tokenizer adds another
-        # Some tokenizers append EOS themselves; we add it once, after the completion.
-        return ids[:-1] if self._adds_eos and ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
     # -- conversations --------------------------------------------------------------------------
 
@@ -93,96 +85,83 @@ class Encoder:
             messages = self._contents.as_the_template_wants(conversation.messages)
             conversation = replace(conversation, messages=messages)
         messages = conversation.messages
-        full = self._render(conversation, len(messages))
+        full = self._turns.render(conversation, len(messages))
+        self._turns.note_what_is_left_out(conversation, full)
         if self.train_on_inputs:
-            return [[(full.rstrip(), True)]]
+            return [self._all_but_skipped(conversation, full)]
         turns = [
             i
             for i in range(conversation.supervised_from, len(messages))
             if messages[i]["role"] == "assistant" and i not in conversation.skipped
         ]
-        spans = [self._turn_span(conversation, i) for i in turns]
+        if any(not messages[i].get("content") and not messages[i].get("tool_calls") for i in turns):
+            self.notes[_EMPTY_ANSWERS] = None
+        spans = [self._turns.answer(conversation, i) for i in turns]
         if all(full.startswith(span.text) for span in spans):
             return [_cut(full, spans)]
         # The template rewrites history (for example, drops the reasoning of earlier turns). Each turn
         # becomes a sample of its own, rendered exactly as it is when that turn is generated.
         return [_cut(span.text, [span]) for span in spans]
 
-    def _turn_span(self, conversation: Conversation, index: int) -> _Span:
-        before = self._render(conversation, index, add_generation_prompt=True)
-        text = self._render(conversation, index + 1)
-        # Some templates put more into the generation prompt than into the finished turn (an empty
-        # reasoning block); what follows the common part is the turn.
-        start = len(os.path.commonprefix([before, text])) if index else _opening_start(conversation, text)
-        if index and (extra := before[start:]).strip():
-            if not re.fullmatch(r"\s*<(\w+)>\s*</\1>\s*", extra):
-                self.notes[
-                    f"generation begins with {extra.strip()!r}, which the chat template leaves out of finished turns: "
-                    "what is trained begins before it"
-                ] = None
-            else:  # an empty block: what is trained begins behind it, as generation does
-                text, start = before + text[start:].lstrip(), len(before)
-        if start < len(self._render(conversation, index)):
+    def _all_but_skipped(self, conversation: Conversation, full: str) -> list[Piece]:
+        spans = [self._turns.said(conversation, i) for i in sorted(conversation.skipped)]
+        if not all(full.startswith(span.text) for span in spans):
             raise ValueError(
-                f"the chat template does not extend a conversation turn by turn (turn {index} changes the text "
-                "before it), so the assistant's tokens cannot be told from the rest; "
-                "use train_on_inputs=True, or pass prompt/completion records with chat_template=False"
+                "train_on_inputs=True: the chat template rewrites earlier turns, so that those of weight 0 cannot be "
+                "told from the rest; leave train_on_inputs out, or split the record"
             )
-        return _Span(text, start)
+        return [(text, not skipped) for text, skipped in _cut(full.rstrip(), spans)]
 
-    def _render(self, conversation: Conversation, count: int, *, add_generation_prompt: bool = False) -> str:
-        if not self._has_template:
-            raise ValueError(_NO_TEMPLATE)
-        if count == 0:
-            return ""  # templates may index messages[0]
-        return self.tokenizer.apply_chat_template(
-            conversation.messages[:count],
-            tools=conversation.tools,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
+    def _note_records(self, conversation: Conversation) -> None:
+        if conversation.asked and not self.train_on_inputs:
+            self.notes[
+                "turns of other roles than 'assistant' are marked as trained, and are not; train_on_inputs=True "
+                "trains every turn that is not of weight 0"
+            ] = None
+        for turn in conversation.messages:
+            content = turn.get("content")
+            if isinstance(content, str) and (token := self._tokens.special_in(content)):
+                self.notes[
+                    f"contents of turns hold text of special tokens, such as {token!r}, which is encoded as such; were "
+                    "these records rendered by a chat template already?"
+                ] = None
 
     def _encode_pieces(self, pieces: list[Piece]) -> Sample:
         text = ""
         ids: list[int] = []
         labels: list[int] = []
-        for piece, supervised in pieces:
+        for place, (piece, supervised) in enumerate(pieces):
             text += piece
-            joined = self._template_ids(text)
-            new = joined[len(ids) :] if joined[: len(ids)] == ids else self._template_ids(piece)
+            new = self._tokens.following(ids, self._tokens.of(text), piece)
             ids = ids + new
             labels += new if supervised else [IGNORED] * len(new)
-            if supervised and new and new[-1] not in self._special_ids and piece is not pieces[-1][0]:
+            if supervised and new and new[-1] not in self._tokens.special_ids and place < len(pieces) - 1:
                 self.notes[
                     "the chat template has no end-of-turn token: only the last turn of a conversation teaches the "
                     "model to stop"
                 ] = None
-        if pieces and pieces[-1][1] and ids[-1] not in self._special_ids:
+        if pieces and pieces[-1][1] and ids[-1] not in self._tokens.special_ids:
             # A template without an end-of-turn token: without this the model would never stop.
-            ids.append(self.tokenizer.eos_token_id)
-            labels.append(self.tokenizer.eos_token_id)
+            ids.append(self._tokens.eos)
+            labels.append(self._tokens.eos)
         return {"input_ids": ids, "labels": labels}
 
-    def _template_ids(self, text: str) -> list[int]:
-        # The template has already written BOS and every other special token.
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+_EMPTY_ANSWERS = "records with empty answers teach the model to stop at once"
 
 
-_NO_TEMPLATE = (
-    "wanted a chat template for records of messages, got a tokenizer without one; set tokenizer.chat_template "
-    "(it comes with the model's instruct version), or use prompt/completion records"
-)
+def _check_tokenizer(tokenizer: Any) -> None:
+    if not hasattr(tokenizer, "eos_token_id"):
+        inner = " (pass processor.tokenizer)" if hasattr(tokenizer, "tokenizer") else ""
+        raise TypeError(f"wanted a tokenizer, got {type(tokenizer).__name__}{inner}")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "wanted a tokenizer with an end-of-sequence token, got eos_token=None: the model would never "
+            "learn to stop; set tokenizer.eos_token"
+        )
 
 
-@dataclass(frozen=True)
-class _Span:
-    """An assistant turn: text[start:] where text is the conversation rendered up to that turn."""
-
-    text: str
-    start: int
-
-
-def _cut(full: str, spans: Sequence[_Span]) -> list[Piece]:
+def _cut(full: str, spans: Sequence[Span]) -> list[Piece]:
     pieces: list[Piece] = []
     position = 0
     for span in spans:
@@ -193,12 +172,6 @@ def _cut(full: str, spans: Sequence[_Span]) -> list[Piece]:
     if full[position:].strip():
         pieces.append((full[position:], False))
     return [(text, supervised) for text, supervised in pieces if text]
-
-
-def _opening_start(conversation: Conversation, text: str) -> int:
-    """A conversation that opens with the assistant has no prefix to render: look for its words."""
-    content = conversation.messages[0].get("content")
-    return max(text.find(content.strip()), 0) if isinstance(content, str) else 0
 
 
 def show_mask(tokenizer: Any, sample: Sample, *, limit: int = 1200) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .masking import IGNORED, Sample
+from .room import plain_tokens
 
 Row = list[int]  # indices of the samples in it
 
@@ -77,8 +78,7 @@ def check_samples_stay_apart(model: nn.Module, length: int = 6) -> None:
     Two random samples in one row, once after each of two different first samples, and once alone.
     """
     config: Any = model.config
-    generator = torch.Generator().manual_seed(0)
-    first, other, second = torch.randint(config.get_text_config().vocab_size, (3, length), generator=generator)
+    first, other, second = plain_tokens(model, (3, length), torch.Generator().manual_seed(0))
     device = next(model.parameters()).device
     positions = torch.arange(length)
 

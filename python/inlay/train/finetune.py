@@ -112,14 +112,13 @@ def finetune(
     options = {"max_length": max_length, "train_on_inputs": train_on_inputs, "chat_template": chat_template}
     with arguments.main_process_first() if data_folder is not None else nullcontext():  # the others find it done
         train_data = _prepared(data, tokenizer, options | {"folder": data_folder})
+    held_out = None if eval_data is None else _prepared(eval_data, tokenizer, options)
+    rooms = [check_data_fits(model, prepared) for prepared in (train_data, held_out) if prepared is not None]
+    widest = min((room for room in rooms if room is not None), default=None)
     if packing:
         check_samples_stay_apart(model)
         train_data = train_data.pack(max_length)
-    held_out = None if eval_data is None else _prepared(eval_data, tokenizer, options)
-    for prepared in (train_data, held_out):
-        if prepared is not None:
-            check_data_fits(model, prepared)
-    collator = Collator.for_model(model, tokenizer)
+    collator = Collator.for_model(model, tokenizer, widest)
     trainer = Trainer(
         model=model,
         args=arguments,
