@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..data import TrainingData
 from ..data.masking import IGNORED
@@ -31,7 +32,7 @@ def check_data_fits(model: Any, data: TrainingData) -> int | None:
     longest = max(data.lengths if data.report.highest_token < 0 else [data.report.longest], default=0)
     room, declared = _room_of_tables(model, longest), made_for(model)
     beyond = declared is not None and longest > declared
-    if room is None and beyond and not _runs_at(model, longest - 1):
+    if room is None and beyond and not _runs_with(model, longest):
         room = declared
     if room is not None and longest > room:
         raise ValueError(
@@ -84,70 +85,58 @@ def _check_range(values: list[int], rows: int, where: str, table: str, role: str
 # -- positions ----------------------------------------------------------------------------------
 
 
+class _Lookups(TorchFunctionMode):
+    """Notes the tables that are asked for successive rows: (rows of the table, the first one asked for).
+
+    By use, not by name or class: positions may be worked out by the caller or inside a subclass of nn.Embedding. A
+    vision tower's table is not asked at all, one of token types for one row alone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, int]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.embedding and len(args) > 1:
+            asked = args[0].reshape(-1)[:3].tolist()
+            if len(asked) == 3 and asked == list(range(asked[0], asked[0] + 3)) and asked[0] <= _ROWS_BEFORE:
+                self.seen.append((args[1].shape[0], asked[0]))
+        return func(*args, **(kwargs or {}))
+
+
 def _room_of_tables(model: Any, longest: int) -> int | None:
     """Positions of the smallest table of them, if one is small enough to matter to ``longest`` and its padding."""
-    tables = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Embedding) and module.num_embeddings <= 2 * longest + 64
-    ]
-    return min((table.num_embeddings - first for table, first in _positions_seen(model, tables)), default=None)
+    small = 2 * longest + 64
+    if not any(isinstance(module, nn.Embedding) and module.num_embeddings <= small for module in model.modules()):
+        return None
+    falling = plain_tokens(model, (3,), torch.Generator().manual_seed(0)).sort(descending=True).values
+    with _Lookups() as lookups:
+        _run(model, falling.unsqueeze(0))  # if it fails, what was seen before holds all the same
+    return min((rows - first for rows, first in lookups.seen if rows <= small), default=None)
 
 
-def _positions_seen(model: Any, tables: list[nn.Embedding]) -> list[tuple[nn.Embedding, int]]:
-    """The tables that one tiny forward asks for successive rows, and the first of those: by use, not by name.
-
-    A vision tower's table is not asked; one of token types is asked for one row alone.
-    """
-    seen: list[tuple[nn.Embedding, int]] = []
-
-    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        rows = inputs[0].reshape(-1)[:3].tolist() if inputs and isinstance(inputs[0], torch.Tensor) else []
-        if len(rows) == 3 and rows == list(range(rows[0], rows[0] + 3)) and isinstance(module, nn.Embedding):
-            seen.append((module, rows[0]))
-
-    if not tables:
-        return seen
-    hooks = [table.register_forward_pre_hook(note) for table in tables]
-    try:
-        falling = plain_tokens(model, (3,), torch.Generator().manual_seed(0)).sort(descending=True).values
-        _forward(model, input_ids=falling.unsqueeze(0))
-    except Exception:
-        pass  # an input of another kind is wanted; what was seen before it failed holds all the same
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [(table, first) for table, first in seen if first <= _ROWS_BEFORE]
-
-
-def _runs_at(model: Any, position: int) -> bool:
-    """Whether one token at ``position`` runs where one at 0 does: tables may be buffers, not embeddings.
+def _runs_with(model: Any, length: int) -> bool:
+    """Whether ``length`` tokens run where a few do: positions may also be buffers, or biases of that size.
 
     On accelerators True, because an index beyond a table ends the process there; the longest batch is run anyway.
     """
     if next(model.parameters()).device.type != "cpu":
         return True
     token = plain_tokens(model, (1, 1), torch.Generator().manual_seed(0))
-
-    def runs(at: int) -> bool:
-        try:
-            _forward(model, input_ids=token, position_ids=torch.tensor([[at]]))
-        except (IndexError, RuntimeError):
-            return False
-        except Exception:
-            return True  # no position_ids here: nothing learnt
-        return True
-
-    return runs(position) or not runs(0)
+    return _run(model, token.expand(1, length)) is None or _run(model, token.expand(1, 3)) is not None
 
 
 @torch.no_grad()
-def _forward(model: Any, **inputs: torch.Tensor) -> None:
-    device = next(model.parameters()).device
+def _run(model: Any, input_ids: torch.Tensor) -> Exception | None:
+    """The error of a forward on ``input_ids``, if any; modes and random numbers stay as they are."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False)
+        with torch.random.fork_rng(devices=[]):
+            model(input_ids=input_ids.to(next(model.parameters()).device), use_cache=False)
+    except Exception as error:
+        return error
     finally:
         for module, mode in modes.items():
             module.training = mode
+    return None
