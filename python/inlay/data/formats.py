@@ -98,14 +98,22 @@ def iter_records(source: RecordSource) -> Iterator[Record]:
     """Records one at a time; of a .jsonl or .parquet file no more than a few are held in memory."""
     if isinstance(source, str | Path):
         yield from _read_file(Path(source))
+    elif isinstance(source, Mapping):
+        raise TypeError(_WANTED_SOURCE + type(source).__name__)
     elif _is_of_arrow(source):
-        yield from map(without_nulls, source)
-    elif isinstance(source, Iterable) and not isinstance(source, Mapping):
-        yield from source
+        yield from map(without_nulls, _each(source))
+    elif isinstance(source, Iterable) or hasattr(source, "__getitem__"):
+        yield from _each(source)
     else:
-        raise TypeError(
-            f"wanted a path, or an iterable of dicts such as a list or a datasets.Dataset, got {type(source).__name__}"
-        )
+        raise TypeError(_WANTED_SOURCE + type(source).__name__)
+
+
+_WANTED_SOURCE = "wanted a path, or an iterable of dicts such as a list or a datasets.Dataset, got "
+
+
+def _each(source: Any) -> Iterator[Record]:
+    """Records of an iterable, or of one of torch's data sets, which have a length and places alone."""
+    return iter(source) if isinstance(source, Iterable) else (source[index] for index in range(len(source)))
 
 
 def _is_of_arrow(source: Any) -> bool:
