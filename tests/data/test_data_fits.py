@@ -7,12 +7,12 @@ import warnings
 import pytest
 import torch
 import transformers as hf
-from toys import build_model, build_tokenizer
+from toys import CHATML, build_model, build_tokenizer, turns
 
 import inlay
-from inlay.data import Collator, DataReport, TrainingData
+from inlay.data import Collator, DataReport, TrainingData, prepare
 from inlay.data.room import embedding_rows, head_rows, made_for, plain_tokens, text_config
-from inlay.train.fits import check_data_fits
+from inlay.train.fits import check_data_fits, warn_if_generation_goes_on
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 HALF = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "vocab_size": 64}
@@ -70,7 +70,11 @@ def test_positions_beyond_the_model(kind, counted):
 def test_padding_stays_below_the_last_position(kind):
     """20 is no multiple of 8: a batch padded to 24 would look for positions that are not there."""
     model = POSITIONS[kind]()
-    options = {"max_steps": 1, "disable_tqdm": True, "method": inlay.LoRA(r=2, target_modules=r".*(q_proj|c_attn)")}
+    options = {
+        "max_steps": 1,
+        "disable_tqdm": True,
+        "method": inlay.LoRA(r=2, target_modules=r".*(self_attn.q_proj|c_attn)"),
+    }
     records = [{"input_ids": list(range(3, 23))}, {"input_ids": [5, 6, 7]}]
     tokenizer = build_tokenizer()
     tokenizer.pad_token_id, tokenizer.eos_token = 2, "<|im_end|>"
@@ -145,3 +149,18 @@ def test_a_pad_token_that_the_model_has_no_row_for_is_not_padded_with():
 def test_a_quantized_head_and_embedding_count_tokens_not_bytes():
     model = inlay.tune(build_model(64), inlay.LoRA(r=2), base="nf4")
     assert embedding_rows(model) == head_rows(model) == 64
+
+
+def test_an_end_of_turn_at_which_generation_goes_on_is_said():
+    tokenizer = build_tokenizer(CHATML.replace("<|im_end|>", "<|im_start|>"))
+    data = prepare([{"messages": turns("hi", "cat")}], tokenizer)
+    model = build_model()
+    with pytest.warns(UserWarning, match=r"turns end in '<\|im_start\|>' \(0\), at which generation does not stop"):
+        warn_if_generation_goes_on(model, tokenizer, data)
+    model.generation_config.eos_token_id = [0, 2]
+    other = build_tokenizer(CHATML)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_generation_goes_on(model, tokenizer, data)
+        warn_if_generation_goes_on(build_model(), other, prepare([{"messages": turns("hi", "cat")}], other))
+        warn_if_generation_goes_on(build_model(), other, data_of(4))

@@ -22,7 +22,7 @@ from ..nn.head import FusedCausalLoss
 from ..tune import tune
 from .arguments import training_arguments as build_arguments
 from .expected import expected_peak
-from .fits import check_data_fits
+from .fits import check_data_fits, warn_if_generation_goes_on
 from .memory import PeakMemory
 from .preflight import Preflight
 from .processes import check_processes_agree
@@ -115,6 +115,7 @@ def finetune(
     held_out = None if eval_data is None else _prepared(eval_data, tokenizer, options)
     rooms = [check_data_fits(model, prepared) for prepared in (train_data, held_out) if prepared is not None]
     widest = min((room for room in rooms if room is not None), default=None)
+    warn_if_generation_goes_on(model, tokenizer, train_data)
     if packing:
         check_samples_stay_apart(model)
         train_data = train_data.pack(max_length)

@@ -13,6 +13,7 @@ from ..data import TrainingData
 from ..data.masking import IGNORED
 from ..data.packing import PackedSamples
 from ..data.room import embedding_rows, head_rows, made_for, plain_tokens
+from ..data.tokens import Tokens
 
 #: Rows that tables of positions may keep before the first one (OPT and RoBERTa: 2).
 _ROWS_BEFORE = 8
@@ -46,6 +47,21 @@ def check_data_fits(model: Any, data: TrainingData) -> int | None:
             stacklevel=3,
         )
     return room
+
+
+def warn_if_generation_goes_on(model: Any, tokenizer: Any, data: TrainingData) -> None:
+    """Warn if turns end in a special token at which ``model.generate`` would not stop."""
+    known = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    stops = {tokenizer.eos_token_id, *(known if isinstance(known, list | tuple) else [known])}
+    special = Tokens(tokenizer).special_ids
+    ends = {labels[-1] for index in range(min(len(data), 8)) if (labels := data[index]["labels"])} & special
+    if ends and not ends & stops:
+        end = min(ends)
+        warnings.warn(
+            f"turns end in {tokenizer.decode([end])!r} ({end}), at which generation does not stop: set "
+            f"tokenizer.eos_token, or model.generation_config.eos_token_id = {sorted((stops | {end}) - {None})}",
+            stacklevel=3,
+        )
 
 
 def _index_of(data: TrainingData, longest: int) -> int:
