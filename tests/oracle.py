@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import inlay
 from inlay.bases.linear import is_conv1d
-from inlay.deltas import SubmatrixDelta
-from inlay.model import tuned_linears
 from inlay.nn.whole import whole_tensors
+from inlay.pieces.linear import SubmatrixDelta
+from inlay.state import tuned_linears
 
 
 def deltas_of(model: nn.Module, name: str = "default") -> dict[str, SubmatrixDelta]:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import inlay
-from inlay.model import tuned_linears
 from inlay.nn.tuned_linear import TunedLinear
+from inlay.state import tuned_linears
 
 BATCHES = [text_batch(seed) for seed in range(4)]
 LLAMA = families.BY_NAME["llama"]

@@ -13,7 +13,7 @@ from families import BY_NAME, FAMILIES, cast, eval_logits, llama, text_batch
 from torch import nn
 
 import inlay
-from inlay.model import tuned_linears
+from inlay.state import tuned_linears
 
 peft = pytest.importorskip("peft")
 
@@ -166,8 +166,8 @@ LOFTQ = inlay.LoRA(r=8, lora_alpha=16, init="loftq")
 @pytest.mark.parametrize("shape", [(48, 64), (64, 48), (96, 96)])
 def test_loftq_comes_closer_at_every_iteration(base, shape):
     from inlay.bases import BaseConfig, QuantizedLinear
-    from inlay.deltas import LowRankDelta
     from inlay.methods.loftq import loftq
+    from inlay.pieces.linear import LowRankDelta
 
     linear = nn.Linear(shape[1], shape[0], bias=False)
     storage = BaseConfig.of(base).storage(None, *shape)

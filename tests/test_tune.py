@@ -12,9 +12,9 @@ from oracle import deltas_of, randomize, trained_entries
 from torch import nn
 
 import inlay
-from inlay.model import tuned_linears
 from inlay.nn.mixed import Mixed
 from inlay.nn.whole import whole_tensors
+from inlay.state import tuned_linears
 
 UPDATES = ["additive", "in_place"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import optim
-from .adapters import Verification, export, load, merge, verify
+from .adapters import Verification, export, merge, verify
 from .bases import BaseConfig
 from .estimate import Estimate, estimate
 from .methods import S2FT, LoRA
-from .model import disabled
-from .tune import tune
+from .state import disabled
+from .tune import load, tune
 from .version import __version__
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from .bases.quantized import QuantizedWeight
-from .model import tuned_linears
 from .nn.whole import owners
+from .state import tuned_modules
 from .targets import is_linear
 
 
@@ -34,7 +34,7 @@ class Row:
 
 def coverage(model: nn.Module) -> list[Row]:
     """A row for each kind of linear, and of fused expert weight (3-D Parameters that are no linear's), in order."""
-    tuned = {*tuned_linears(model), *(key.rpartition(".")[0] for key, _, _, held in owners(model) if held.active)}
+    tuned = {*tuned_modules(model), *(key.rpartition(".")[0] for key, _, _, held in owners(model) if held.active)}
     rows: dict[tuple, Row] = {}
 
     def count(name: str, shape: tuple[int, ...], is_tuned: bool, base: str, linear: bool) -> None:

@@ -12,7 +12,7 @@ from families import eval_logits, llama, text_batch
 from oracle import deltas_of, randomize
 
 import inlay
-from inlay.model import tuned_linears
+from inlay.state import tuned_linears
 
 BATCH = text_batch(0)
 METHODS = {
@@ -126,7 +126,7 @@ def test_hotswap_refuses_what_does_not_fit_and_changes_nothing(tmp_path):
     before = eval_logits(model, BATCH)
     with pytest.raises(ValueError, match="wanted a SubmatrixDelta with tensors"):
         model.hotswap_adapter(tmp_path / "large")
-    with pytest.raises(ValueError, match="wanted S2FT on the same .* linears to swap in, got LoRA"):
+    with pytest.raises(ValueError, match="wanted S2FT on the same .* modules to swap in, got LoRA"):
         model.hotswap_adapter(tmp_path / "lora")
     with pytest.raises(ValueError, match="no adapter 'x'"):
         model.hotswap_adapter(tmp_path / "small", "x")

@@ -11,9 +11,9 @@ from families import BY_NAME, CAUSAL, FAMILIES, eval_logits, llama, prompt, text
 from oracle import deltas_of, randomize, trained_mask
 
 import inlay
-from inlay.deltas import Delta
 from inlay.nn.mixed import Mixed
 from inlay.nn.tuned_linear import TunedLinear
+from inlay.pieces.linear import Delta
 
 UPDATES = ["additive", "in_place"]
 

@@ -170,7 +170,7 @@ def test_a_partly_untrained_adapter_is_saved_with_a_warning(tmp_path):
     tuned = trained(llama())
     with torch.no_grad():
         next(iter(deltas_of(tuned).values())).s2ft_values.zero_()
-    with pytest.warns(UserWarning, match="changes nothing at 1 linears, first model.layers.0"):
+    with pytest.warns(UserWarning, match="changes nothing at 1 modules, first model.layers.0"):
         tuned.save_pretrained(tmp_path)
     assert_equal(eval_logits(inlay.load(llama(), tmp_path), text_batch(0)), eval_logits(tuned, text_batch(0)), "logits")
 

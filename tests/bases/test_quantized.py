@@ -312,7 +312,7 @@ def test_exact_channels_have_no_quantization_error(config):
     for name in ("model.layers.0.self_attn.o_proj", "model.layers.1.mlp.down_proj"):
         tuned = model.get_submodule(name)
         delta = tuned.deltas["default"]
-        effective = tuned.merged_weight()
+        effective, _ = tuned.merged_onto()
         chosen = torch.zeros(tuned.in_features, dtype=torch.bool)
         chosen[delta.s2ft_indices] = True
         assert_equal(effective[:, chosen], dense.get_submodule(name).weight[:, chosen])

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import inlay
-from inlay.model import tuned_linears
 from inlay.nn.attention import FusedAttention
 from inlay.nn.blocks import FusedGatedMLP, FusedRMSNorm
+from inlay.state import tuned_linears
 
 from .tiny import first_tensor, tiny_model
 

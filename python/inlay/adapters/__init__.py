@@ -2,7 +2,7 @@
 
 from .combine import add_weighted_adapter
 from .export import export
-from .load import hotswap, load
+from .load import hotswap, load_onto
 from .merge import merge
 from .merge_files import merge_files
 from .save import save_adapter
@@ -13,7 +13,7 @@ __all__ = [
     "add_weighted_adapter",
     "export",
     "hotswap",
-    "load",
+    "load_onto",
     "merge",
     "merge_files",
     "save_adapter",

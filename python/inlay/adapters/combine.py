@@ -8,10 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ..install import install
 from ..methods import Method
-from ..model import require_state, tuned_linears
 from ..nn.whole import owners, whole_tensors
-from ..tune import attach
+from ..pieces import Whole
+from ..state import activate, pieces_of, require_state
 
 
 def add_weighted_adapter(
@@ -42,26 +43,26 @@ def add_weighted_adapter(
         raise ValueError(
             f"wanted adapters of one kind to add up, got {sorted(kinds)}; set_adapter them together instead"
         )
-    linears = tuned_linears(model)
-    parts = [
-        {path: module.deltas[name] for path, module in linears.items() if name in module.deltas} for name in adapters
-    ]
-    method, deltas = type(methods[0]).combine(methods, list(weights), parts)
+    parts = [pieces_of(model, name) for name in adapters]
+    method, pieces = type(methods[0]).combine(methods, list(weights), parts)
     active = list(state.active)
-    whole: dict[str, Tensor | None] = dict(combined_whole(model, adapters, weights))
+    loose = _unfrozen_by_user(model, adapters)
+    whole = {
+        key: Whole(value, held="base" if key in loose else "fp32")
+        for key, value in combined_whole(model, adapters, weights).items()
+    }
     method = replace(method, modules_to_save=_modules_of(methods))
-    attach(
+    install(
         model,
         method,
-        deltas,
+        pieces,
         adapter_name,
         sample=state.base_sample,
         whole=whole,
-        as_base=_unfrozen_by_user(model, adapters),
         fused_blocks=False,
         fused_loss=False,
     )
-    model.set_adapter(active)
+    activate(model, active)
     return model
 
 

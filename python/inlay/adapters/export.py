@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.linear import is_conv1d
-from ..model import require_state, tuned_linears
+from ..pieces.linear import LinearPiece
+from ..state import pieces_of, require_state, tuned_linears
 from .files import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME, peft_keys, read_json, write_files
 from .peft_rules import check_accepted, check_in_peft, peft_targets
 from .save import check_worth_saving, in_file, peft_modules, tied_option
@@ -50,6 +51,11 @@ def export(model: nn.Module, directory: str | Path, *, format: str = "peft-lora"
     if config_file.exists() and "inlay" in read_json(config_file):
         raise ValueError(f"{directory} holds an adapter saved by inlay; export to another directory")
     linears = {path: module for path, module in tuned_linears(model).items() if name in module.deltas}
+    for path, piece in pieces_of(model, name).items():
+        if path not in linears:
+            raise ValueError(f"{path}: a {type(piece).__name__} on a {_kind(model, path)} is no LoRA; merge it instead")
+    if not linears:
+        raise ValueError(f"adapter {name!r} has no delta on a linear, which is all that a LoRA can hold; merge instead")
     if format == "peft-lora":
         check_accepted(model, list(linears))
     factors = {path: exact_factors(path, module.deltas[name]) for path, module in linears.items()}
@@ -72,6 +78,10 @@ def export(model: nn.Module, directory: str | Path, *, format: str = "peft-lora"
     write_files(Path(directory), {WEIGHTS_NAME: tensors, CONFIG_NAME: config})
     if format == "vllm-lora":
         print(f"inlay: rank {rank}; serve it with vLLM's --enable-lora --max-lora-rank {rank}")
+
+
+def _kind(model: nn.Module, path: str) -> str:
+    return type(model.get_submodule(path)).__name__
 
 
 def whole_in_file(model: nn.Module, name: str, format: str) -> dict[str, Tensor]:
@@ -104,7 +114,7 @@ def vllm_rank(model: nn.Module, linears: Mapping[str, nn.Module], rank: int) -> 
 
 def exact_factors(path: str, delta: nn.Module) -> tuple[Tensor, Tensor]:
     """``(A, B)`` of a delta, or ValueError saying that it has none."""
-    factors = delta.lora_factors()
+    factors = delta.lora_factors() if isinstance(delta, LinearPiece) else None
     if factors is None:
         raise ValueError(f"{path}: a {type(delta).__name__} is no exact LoRA; merge it instead")
     return factors

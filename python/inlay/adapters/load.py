@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import BaseConfig
-from ..deltas import STORED_KEYS
 from ..fingerprint import fingerprint
-from ..methods import METHODS, LoRA, Method
-from ..model import require_state, sample_of, sample_weights, state_of, tuned_linears
+from ..install import DEFAULT_ADAPTER, adopt_bitsandbytes, check_base_fits, check_sites, install
+from ..methods import METHODS, LoRA, Method, stored_keys
+from ..nn.tuned_linear import TunedLinear
 from ..nn.whole import check_whole, train_whole, whole_tensors
-from ..tune import DEFAULT_ADAPTER, adopt_bitsandbytes, attach, check_base_fits, check_tunable
+from ..pieces import Whole
+from ..state import require_state, sample_of, sample_weights, state_of, tuned_modules
 from .files import CONFIG_NAME, FORMAT_VERSION, KEY_PREFIX, WEIGHTS_NAME, read_json, read_tensors
 from .from_peft import lora_of_peft
 from .whole_files import (
@@ -33,7 +34,7 @@ from .whole_files import (
 _OTHER_BASE = 0.3
 
 
-def load(
+def load_onto(
     model: nn.Module,
     directory: str | Path,
     *,
@@ -44,37 +45,29 @@ def load(
     fused_blocks: bool = True,
     fused_loss: bool = True,
 ) -> nn.Module:
-    """Put the adapter in ``directory`` on ``model`` (plain or tuned), in place, and make it the active one.
-
-    Args:
-        model: the base model the adapter was trained on.
-        base: quantize the model's linears first, as for :func:`inlay.tune`.
-        name: adapter name on this model; several adapters may share a base.
-        check_base: compare a few base weights with those the adapter was trained on.
-        trainable: False freezes the adapter after loading.
-        fused_blocks, fused_loss: as for :func:`inlay.tune`.
-
-    Raises:
-        ValueError: files missing, corrupt, of an unknown method or newer format; tensors that do not fit; another base.
-    """
+    """What :func:`inlay.load` does, but for the methods that a tuned model gains; arguments and errors are its own."""
     directory = Path(directory)
     config = read_json(directory / CONFIG_NAME)
     method = method_of(config, directory)
     tensors = read_tensors(directory / WEIGHTS_NAME)
     whole = take_whole(tensors, config, method)
     grouped = group_by_module(tensors, directory)
+    if not grouped and not whole:
+        raise ValueError(f"{directory}: the adapter holds no tensor")
     adopt_bitsandbytes(model)
     modules = dict(model.named_modules())
     for path in grouped:
         if path not in modules:
             raise ValueError(f"the adapter tunes {path!r}, which this {type(model).__name__} lacks; load its own base")
-        check_tunable(model, path)
+    check_sites(model, grouped)
     state = state_of(model)
     if state is not None and name in state.methods:
         raise ValueError(f"this model has an adapter {name!r} already; pass another name")
     ours = config.get("inlay") or {}
     fit_vocabulary(model, config, whole)
-    check_whole(model, name, whole)
+    loose = [key for key in ours.get("unfrozen") or () if key in whole]
+    specs = {key: Whole(value, held="base" if key in loose else "fp32") for key, value in whole.items()}
+    check_whole(model, name, specs)
     method = with_paths(model, config, method, whole)
     check_complete(model, method, whole, directory)
     check_ties(model, config, whole)
@@ -82,33 +75,31 @@ def load(
         _check_base(model, ours.get("base_sample") or {})
         check_head(model, ours, whole)
         check_fingerprint(model, ours.get("fingerprint") or {}, list(grouped), list(whole))
-    deltas = {path: method.restore(modules[path], tensors, path) for path, tensors in grouped.items()}
+    pieces = {path: method.restore(modules[path], tensors, path) for path, tensors in grouped.items()}
     base = None if base is None else BaseConfig.of(base)
     _check_same_quantization(method, base, ours.get("base"))
-    check_base_fits(model, method, deltas, base)
-    sample, marks = sample_weights(model, list(deltas)), fingerprint(model, list(deltas), whole)
-    loose = [key for key in ours.get("unfrozen") or () if key in whole]
+    check_base_fits(model, method, pieces, base)
+    sample, marks = sample_weights(model, list(pieces)), fingerprint(model, list(pieces), whole)
     if base is not None:
-        method.quantize(model, base.leaving(whole), deltas)
+        method.quantize(model, base.leaving(whole), pieces)
         for path, tensors in grouped.items():  # which quantizing may have initialized again
-            deltas[path].load(tensors, path)
-    attach(
+            pieces[path].load(tensors, path)
+    install(
         model,
         method,
-        deltas,
+        pieces,
         name,
         sample=sample,
         marks=marks,
         base=base,
-        whole=whole,
-        as_base=loose,
+        whole=specs,
         fused_blocks=fused_blocks,
         fused_loss=fused_loss,
     )
     if not trainable:
         train_whole(model, ())
-        for delta in deltas.values():
-            delta.requires_grad_(False)
+        for piece in pieces.values():
+            piece.requires_grad_(False)
     return model
 
 
@@ -131,22 +122,22 @@ def hotswap(model: nn.Module, directory: str | Path, name: str = DEFAULT_ADAPTER
     tensors = read_tensors(directory / WEIGHTS_NAME)
     whole = take_whole(tensors, config, method)
     grouped = group_by_module(tensors, directory)
-    linears = {path: module for path, module in tuned_linears(model).items() if name in module.deltas}
-    if type(method) is not type(old) or grouped.keys() != linears.keys():
-        got = f"{type(method).__name__} on {len(grouped)} linears"
+    held = {path: module for path, module in tuned_modules(model).items() if name in module.deltas}
+    if type(method) is not type(old) or grouped.keys() != held.keys():
+        got = f"{type(method).__name__} on {len(grouped)} modules"
         raise ValueError(
-            f"{directory}: wanted {type(old).__name__} on the same {len(linears)} linears to swap in, got {got}"
+            f"{directory}: wanted {type(old).__name__} on the same {len(held)} modules to swap in, got {got}"
         )
     check_swap_whole(model, name, whole, directory)
     _check_base(model, (config.get("inlay") or {}).get("base_sample") or {})
-    modules = {path: linear.plain_holder[0] for path, linear in linears.items()}
-    for linear in linears.values():
-        linear.restore_base()
-    deltas = {path: method.restore(modules[path], held, path) for path, held in grouped.items()}
-    for path, delta in deltas.items():
-        linears[path].deltas[name].check_swap(delta, path)
-    for path, delta in deltas.items():
-        linears[path].swap_delta(name, delta)
+    plain = {path: m.plain_holder[0] if isinstance(m, TunedLinear) else m for path, m in held.items()}
+    for module in held.values():
+        module.restore_base()
+    pieces = {path: method.restore(plain[path], tensors, path) for path, tensors in grouped.items()}
+    for path, piece in pieces.items():
+        held[path].pieces()[name].check_swap(piece, path)
+    for path, piece in pieces.items():
+        held[path].swap_delta(name, piece)
     for key, tensor in whole_tensors(model, name).items():
         tensor.data.copy_(whole[key])
     state.methods[name] = method
@@ -189,13 +180,12 @@ def method_of(config: dict[str, Any], where: Path) -> Method:
 def group_by_module(tensors: dict[str, Tensor], where: Path) -> dict[str, dict[str, Tensor]]:
     """Adapter-file tensors as ``{module: {tensor name: tensor}}``."""
     grouped: dict[str, dict[str, Tensor]] = {}
+    known = stored_keys()
     for key, tensor in tensors.items():
-        leaf = next((leaf for leaf in STORED_KEYS if key.endswith(f".{leaf}")), None)
+        leaf = next((leaf for leaf in known if key.endswith(f".{leaf}")), None)
         if not key.startswith(KEY_PREFIX) or leaf is None:
-            raise ValueError(f"{where}: wanted keys like {KEY_PREFIX}<module>.<one of {STORED_KEYS}>, got {key!r}")
+            raise ValueError(f"{where}: wanted keys like {KEY_PREFIX}<module>.<one of {known}>, got {key!r}")
         grouped.setdefault(key[len(KEY_PREFIX) : -len(leaf) - 1], {})[leaf] = tensor
-    if not grouped:
-        raise ValueError(f"{where}: the adapter holds no tensor")
     return grouped
 
 

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.quantized import QuantizedLinear, QuantizedWeight, dense_linear
-from ..model import make_plain, require_state, state_of, tuned_linears
+from ..nn.tuned_linear import TunedLinear
+from ..nn.tuned_output import TunedOutput
 from ..nn.tuned_quantized import TunedQuantizedLinear
 from ..nn.whole import settle_whole
+from ..state import make_plain, require_state, state_of, tuned_modules
 from .originals import find_originals
 
 
@@ -59,8 +61,10 @@ def merge(
     before = _logits(model, inputs)
     plain = model if in_place else copy.deepcopy(model)
     settle_whole(plain)
-    for name, module in tuned_linears(plain).items():
-        if not isinstance(module, TunedQuantizedLinear):
+    for name, module in tuned_modules(plain).items():
+        if isinstance(module, TunedOutput):
+            module.settle()
+        elif isinstance(module, TunedLinear) and not isinstance(module, TunedQuantizedLinear):
             plain.set_submodule(name, module.to_plain())
     worst = 0.0
     for name in packed:
@@ -93,7 +97,7 @@ def _rounding(module: nn.Module, dense: nn.Module) -> float:
     """Relative Frobenius norm of what storing the merged weight in its dtype rounds away."""
     if not isinstance(module, TunedQuantizedLinear):
         return 0.0
-    exact = module.merged_weight(module.dense_base(torch.float32))
+    exact, _ = module.merged_onto(module.dense_base(torch.float32))
     stored = dense.weight.t() if module.conv1d else dense.weight
     return float((stored.float() - exact).norm() / exact.norm().clamp_min(1e-30))
 

@@ -128,7 +128,7 @@ def _replaced(held: Tensor, trained: Tensor, key: str) -> Tensor:
 def _merged(weight: Tensor, like: nn.Module, method: Method, held: dict[str, Tensor], path: str) -> Tensor:
     conv1d = is_conv1d(like)
     linear = dense_linear(weight.t() if conv1d else weight, None, conv1d)
-    merged = method.restore(linear, held, path).merge_into(out_in_view(linear))
+    merged, _ = method.restore(linear, held, path).merge(out_in_view(linear), None)
     return (merged.t() if conv1d else merged).contiguous()
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.quantized import QuantizedWeight, dense_linear
-from ..model import make_plain
 from ..nn.tuned_linear import TunedLinear
 from ..nn.whole import settle_whole
+from ..state import make_plain
 
 #: Last parts of names that PEFT takes for fused experts, by the pattern that transformers converts a model by.
 _TAKEN = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj")}

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..deltas import Delta
 from ..methods import Method
-from ..model import TuneState, check_in_place, require_state, tuned_linears
 from ..nn.probe import shallow
 from ..nn.whole import owners, unfrozen, whole_tensors
+from ..pieces import Piece
 from ..sharding import any_sharded, is_sharded, whole, writes_here
+from ..state import TuneState, check_in_place, pieces_of, require_state, tuned_linears
 from ..version import __version__
 from .files import (
     CARD_NAME,
@@ -83,12 +83,9 @@ def collect(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The adapter's tensors by adapter-file key, and by state-dict key; gathered where they are sharded."""
     tensors, resume = {}, {}
-    for path, module in tuned_linears(model).items():
-        if name not in module.deltas:
-            continue
-        delta = module.deltas[name]
-        for key, tensor in delta.tensors().items():
-            full = f"{path}.deltas.{name}.{delta.stored[key]}"
+    for path, piece in pieces_of(model, name).items():
+        for key, tensor in piece.tensors().items():
+            full = f"{path}.deltas.{name}.{piece.stored[key]}"
             value = whole((state_dict or {}).get(full, tensor))
             tensors[f"{KEY_PREFIX}{path}.{key}"] = value
             resume[full] = value
@@ -147,12 +144,12 @@ def check_worth_saving(model: nn.Module, name: str, tensors: dict[str, Tensor], 
             raise ValueError(
                 f"{key} holds NaN or infinity: training diverged; lower the learning rate or resume earlier"
             )
-    deltas = {p: _holding(m.deltas[name], p, tensors) for p, m in tuned_linears(model).items() if name in m.deltas}
-    still = [path for path, delta in deltas.items() if not delta.changes_anything()]
-    if len(still) == len(deltas) and not checkpoint and not (whole_changed(model, name) or unfrozen(model)):
+    pieces = {path: _holding(piece, path, tensors) for path, piece in pieces_of(model, name).items()}
+    still = [path for path, piece in pieces.items() if not piece.changes_anything()]
+    if len(still) == len(pieces) and not checkpoint and not (whole_changed(model, name) or unfrozen(model)):
         raise ValueError(f"adapter {name!r} changes nothing: all its values are untrained; train before saving")
     if still:
-        warnings.warn(f"adapter {name!r} changes nothing at {len(still)} linears, first {still[0]}", stacklevel=3)
+        warnings.warn(f"adapter {name!r} changes nothing at {len(still)} modules, first {still[0]}", stacklevel=3)
 
 
 def whole_changed(model: nn.Module, name: str) -> bool:
@@ -165,8 +162,8 @@ def whole_changed(model: nn.Module, name: str) -> bool:
     )
 
 
-def _holding(delta: Delta, path: str, tensors: dict[str, Tensor]) -> Delta:
-    """``delta`` with the values that are to be saved, which may have been gathered."""
+def _holding(delta: Piece, path: str, tensors: dict[str, Tensor]) -> Piece:
+    """A piece with the values that are to be saved, which may have been gathered."""
     held = shallow(delta, {}, {})
     for key, attribute in delta.stored.items():
         value = tensors.get(f"{KEY_PREFIX}{path}.{key}")

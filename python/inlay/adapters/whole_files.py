@@ -10,11 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..deltas import STORED_KEYS
 from ..fingerprint import allowed, distances, fingerprint, stored_as, warn_if_off
-from ..methods import Method
-from ..model import state_of
+from ..methods import Method, stored_keys
 from ..nn.whole import keys_of, whole_tensors
+from ..state import state_of
 from ..targets import suffix_match
 from ..task_head import task_head
 from .files import KEY_PREFIX
@@ -31,10 +30,10 @@ def take_whole(tensors: dict[str, Tensor], config: Mapping[str, Any], method: Me
     names = named_modules_of(config, method)
     ours = config.get("inlay")
     loose = {*(ours.get("unfrozen") or ()), *(ours.get("whole") or ())} if ours is not None else set()
-    found = {}
+    found, known = {}, stored_keys()
     for stored in list(tensors):
         key = stored.removeprefix(KEY_PREFIX)
-        delta = any(key.endswith(f".{leaf}") for leaf in STORED_KEYS)
+        delta = any(key.endswith(f".{leaf}") for leaf in known)
         if stored.startswith(KEY_PREFIX) and not delta and (ours is None or key in loose or _is_named(key, names)):
             found[key] = tensors.pop(stored)
     return found

@@ -78,9 +78,9 @@ class BaseConfig:
         return {name: base for name, base in chosen.items() if base is not None}
 
     def leaving(self, whole: Iterable[str]) -> BaseConfig:
-        """The same, but linears that hold one of the tensors ``whole`` (state-dict keys), which train, stay dense."""
+        """The same, but linears whose weights are among the tensors ``whole`` (state-dict keys), stay dense."""
         config = replace(self)
-        config.__dict__["whole"] = tuple(key.rpartition(".")[0] for key in whole)
+        config.__dict__["whole"] = tuple(key.rpartition(".")[0] for key in whole if not key.endswith(".bias"))
         return config
 
     def to_dict(self) -> dict[str, Any]:

@@ -155,7 +155,7 @@ class QuantizedWeight(_Module):
         return super()._apply(move, recurse)
 
 
-def dense_linear(weight: Tensor, bias: nn.Parameter | None, conv1d: bool) -> nn.Module:
+def dense_linear(weight: Tensor, bias: Tensor | None, conv1d: bool) -> nn.Module:
     """A frozen ``nn.Linear``, or a transformers Conv1D, with ``weight [out, in]`` and ``bias``."""
     rows, columns = weight.shape
     if conv1d:
@@ -167,7 +167,8 @@ def dense_linear(weight: Tensor, bias: nn.Parameter | None, conv1d: bool) -> nn.
     else:
         dense = nn.Linear(columns, rows, bias=False, device="meta")
     dense.weight = nn.Parameter(weight, requires_grad=False)
-    dense.bias = bias
+    kept = bias is None or isinstance(bias, nn.Parameter)
+    dense.bias = bias if kept else nn.Parameter(bias, requires_grad=False)
     return dense
 
 

@@ -72,7 +72,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def _load_tuned(args: argparse.Namespace) -> tuple[Any, Any]:
-    from ..adapters import load
+    from ..tune import load
 
     args = fill_from_config(args)
     if args.adapter is None:

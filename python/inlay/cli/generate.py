@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     args = fill_from_config(args)
     model, tokenizer = load_model(args.model, args.gguf_file, args.dtype)
     if args.adapter and not args.base:
-        from ..adapters import load
+        from ..tune import load
 
         model = load(model, args.adapter)
     model.eval()

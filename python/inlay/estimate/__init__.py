@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..bases import BaseConfig, FourBit, QuantizedWeight
 from ..methods import Method
-from ..model import require_state
 from ..nn.attention import FusedAttention
 from ..nn.blocks import FusedGatedMLP
 from ..nn.partial import block_stacks
+from ..state import require_state
 from .report import Estimate
 from .scale import PerGPU, per_gpu
 from .shapes import fused_attention, meta_model, text_batch, tune_without_data

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import BaseConfig
+from ..install import DEFAULT_ADAPTER, check_base_fits, check_sites, install
 from ..methods import Method
-from ..model import state_of
 from ..nn.tuned_linear import HOOKS
 from ..nn.whole import hidden_tensors
 from ..ops.attention import CausalAttention, tiles_fit
-from ..tune import DEFAULT_ADAPTER, attach, check_base_fits, check_tunable, split_whole
+from ..planning import completed
+from ..state import state_of
 
 
 def meta_model(source: Any, dtype: torch.dtype | None) -> nn.Module:
@@ -93,14 +94,13 @@ def tune_without_data(model: nn.Module, method: Method | None, base: str | BaseC
         raise ValueError("wanted a method such as inlay.S2FT(ratio=0.03) for a model that is not tuned, got none")
     method = method.without_data()
     config = None if base is None else BaseConfig.of(base)
-    method, builders, whole = split_whole(model, method, method.place(model, None))
-    for name in builders:
-        check_tunable(model, name, loaded=False)
-    deltas = {name: build(model.get_submodule(name)) for name, build in builders.items()}
-    check_base_fits(model, method, deltas, config)
+    method, plan = completed(model, method, method.plan(model, None))
+    check_sites(model, [site.path for site in plan.pieces], loaded=False)
+    pieces = {site.path: build(site.module(model)) for site, build in plan.pieces.items()}
+    check_base_fits(model, method, pieces, config)
     if config is not None:
-        method.quantize(model, config.leaving(whole), deltas)
-    return attach(model, method, deltas, DEFAULT_ADAPTER, sample={}, base=config, whole=dict.fromkeys(whole))
+        method.quantize(model, config.leaving(plan.whole), pieces)
+    return install(model, method, pieces, DEFAULT_ADAPTER, sample={}, base=config, whole=plan.whole)
 
 
 def text_batch(model: nn.Module, batch: int, seq: int) -> dict[str, Tensor]:

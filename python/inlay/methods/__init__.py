@@ -1,12 +1,9 @@
-"""Methods: one config dataclass each, composing a selector, a delta and a schedule. One file each."""
+"""Methods: one config dataclass each, which plans pieces on sites. One file each."""
 
 from __future__ import annotations
 
-from .base import Calibration, Method
+from .base import METHODS, Calibration, Method, Plan, register, stored_keys
 from .lora import LoRA
 from .s2ft import S2FT
 
-#: Methods by the name an adapter file stores.
-METHODS: dict[str, type[Method]] = {cls.peft_type: cls for cls in (S2FT, LoRA)}
-
-__all__ = ["METHODS", "S2FT", "LoRA", "Calibration", "Method"]
+__all__ = ["METHODS", "S2FT", "Calibration", "LoRA", "Method", "Plan", "register", "stored_keys"]

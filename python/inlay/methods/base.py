@@ -1,4 +1,4 @@
-"""What every method is: a config dataclass that places deltas on linears."""
+"""What every method is: a config dataclass that plans which pieces sit where, and what happens over time."""
 
 from __future__ import annotations
 
@@ -6,15 +6,54 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from ..bases import BaseConfig, quantize_linears
-from ..deltas import Delta
+from ..pieces import Piece, Whole
+from ..sites import Site
 
 #: Calibration data: batches of keyword arguments for the model's forward.
 Calibration = Iterable[Mapping[str, Any]]
+_M = TypeVar("_M", bound="Method")
+#: What makes the piece of a site once its module is at hand.
+Builder = Callable[[nn.Module], Piece]
+
+
+@dataclass
+class Plan:
+    """What a method does to a model.
+
+    Attributes:
+        pieces: what builds the piece on each linear or other module.
+        whole: how each tensor that trains whole is held, by state-dict key.
+    """
+
+    pieces: dict[Site, Builder] = field(default_factory=dict)
+    whole: dict[str, Whole] = field(default_factory=dict)
+
+
+#: Methods by the name an adapter file stores.
+METHODS: dict[str, type[Method]] = {}
+
+
+def register(cls: type[_M]) -> type[_M]:
+    """Class decorator of every method: puts it in :data:`METHODS`.
+
+    Raises:
+        ValueError: the name is taken; or a key that its pieces store under means another piece already.
+    """
+    if cls.peft_type in METHODS or not cls.peft_type:
+        raise ValueError(f"peft_type: wanted a name of its own, got {cls.peft_type!r} for {cls.__name__}")
+    METHODS[cls.peft_type] = cls
+    return cls
+
+
+def stored_keys() -> tuple[str, ...]:
+    """Every key under which a piece's tensors stand in an adapter file, longest first."""
+    found = {key for method in METHODS.values() for piece in method.pieces for key in piece.stored}
+    return tuple(sorted(found, key=lambda key: (-len(key), key)))
 
 
 def check_keys(cls: type, given: Iterable[str]) -> None:
@@ -48,6 +87,8 @@ class Method:
     """
 
     peft_type: ClassVar[str] = ""
+    #: The kinds of pieces it makes.
+    pieces: ClassVar[tuple[type[Piece], ...]] = ()
 
     target_modules: str | Sequence[str] | None = field(default=None, kw_only=True)
     exclude_modules: str | Sequence[str] | None = field(default=None, kw_only=True)
@@ -55,25 +96,25 @@ class Method:
     modules_to_save: Sequence[str] | None = field(default=None, kw_only=True)
     seed: int = field(default=0, kw_only=True)
 
-    def place(self, model: nn.Module, calibration: Calibration | None) -> dict[str, Callable[[nn.Module], Delta]]:
-        """For each linear to tune, by name: what builds its delta once the linear is at hand."""
-        raise NotImplementedError(f"{type(self).__name__} must define place(model, calibration)")
+    def plan(self, model: nn.Module, calibration: Calibration | None) -> Plan:
+        """What to put where on ``model``, which nothing has changed yet."""
+        raise NotImplementedError(f"{type(self).__name__} must define plan(model, calibration)")
 
-    def restore(self, module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Delta:
-        """Build the delta of ``module`` from an adapter file's ``tensors``."""
+    def restore(self, module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Piece:
+        """Build the piece of ``module`` from an adapter file's ``tensors``."""
         raise NotImplementedError(f"{type(self).__name__} must define restore(module, tensors, where)")
 
     @classmethod
     def combine(
-        cls, methods: Sequence[Method], weights: Sequence[float], parts: Sequence[Mapping[str, Delta]]
-    ) -> tuple[Method, dict[str, Delta]]:
-        """One method and its deltas for the weighted sum of adapters; ``parts``: each one's deltas by linear."""
-        names = list(dict.fromkeys(name for deltas in parts for name in deltas))
-        deltas = {}
+        cls, methods: Sequence[Method], weights: Sequence[float], parts: Sequence[Mapping[str, Any]]
+    ) -> tuple[Method, dict[str, Any]]:
+        """One method and its pieces for the weighted sum of adapters; ``parts``: each one's pieces by module."""
+        names = list(dict.fromkeys(name for pieces in parts for name in pieces))
+        made = {}
         for name in names:
             here = [(weight, held[name]) for weight, held in zip(weights, parts, strict=True) if name in held]
-            deltas[name] = type(here[0][1]).combine(here, name)
-        return dataclasses.replace(methods[0]), deltas
+            made[name] = type(here[0][1]).combine(here, name)
+        return dataclasses.replace(methods[0]), made
 
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON-able values."""
@@ -85,7 +126,7 @@ class Method:
         return {key: value for key, value in self.to_dict().items() if key != "modules_to_save" or value is not None}
 
     def without_data(self) -> Method:
-        """A method that makes deltas of the same shapes without looking at a weight or at data: for estimates."""
+        """A method that makes pieces of the same shapes without looking at a weight or at data: for estimates."""
         return self
 
     @property
@@ -93,8 +134,8 @@ class Method:
         """What of the options only works together with quantizing the base, "" if nothing does."""
         return ""
 
-    def quantize(self, model: nn.Module, config: BaseConfig, deltas: Mapping[str, Delta]) -> None:
-        """Quantize the linears of ``model`` that ``config`` names, before ``deltas`` are put on them."""
+    def quantize(self, model: nn.Module, config: BaseConfig, pieces: Mapping[str, Any]) -> None:
+        """Quantize the linears of ``model`` that ``config`` names, before ``pieces`` are put on them."""
         quantize_linears(model, config)
 
     def peft_fields(self, targets: Sequence[str]) -> dict[str, Any]:

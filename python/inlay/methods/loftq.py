@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import QuantizedLinear
-from ..deltas import LowRankDelta
+from ..pieces.linear import LowRankDelta
 
 
 @torch.no_grad()

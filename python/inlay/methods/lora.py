@@ -7,7 +7,7 @@ Finetuning of Quantized LLMs", 2023; Kalajdzievski, "A Rank Stabilization Scalin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from ..bases import BaseConfig, QuantizedLinear, Storage, quantize_linears
 from ..bases.linear import out_in_view
-from ..deltas import Delta, LowRankDelta
+from ..pieces.linear import Delta, LowRankDelta
 from ..select import generator_of
+from ..sites import LinearSite
 from ..targets import resolve
-from .base import Calibration, Method, check_one_of
+from .base import Calibration, Method, Plan, check_one_of, register
 from .loftq import loftq
 
 
+@register
 @dataclass
 class LoRA(Method):
     """Train ``ΔW = s·B·A`` of rank ``r`` on the targeted linears.
@@ -38,6 +40,7 @@ class LoRA(Method):
     """
 
     peft_type: ClassVar[str] = "LORA"
+    pieces: ClassVar = (LowRankDelta,)
 
     r: int = 16
     lora_alpha: float = 32
@@ -68,8 +71,8 @@ class LoRA(Method):
             layers_to_transform=self.layers_to_transform,
         )
 
-    def place(self, model: nn.Module, calibration: Calibration | None) -> dict[str, Callable[[nn.Module], Delta]]:
-        return {name: partial(self._build, where=name) for name in self.targets(model)}
+    def plan(self, model: nn.Module, calibration: Calibration | None) -> Plan:
+        return Plan({LinearSite(name): partial(self._build, where=name) for name in self.targets(model)})
 
     def restore(self, module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Delta:
         return self._build(module, where=where).load(tensors, where)
@@ -81,10 +84,10 @@ class LoRA(Method):
     def needs_base(self) -> str:
         return 'init="loftq"' if self.init == "loftq" else ""
 
-    def quantize(self, model: nn.Module, config: BaseConfig, deltas: Mapping[str, Delta]) -> None:
+    def quantize(self, model: nn.Module, config: BaseConfig, pieces: Mapping[str, Any]) -> None:
         def make(module: nn.Module, storage: Storage, name: str) -> QuantizedLinear:
             quantized = QuantizedLinear.of(module, storage, name)
-            delta = deltas.get(name)
+            delta = pieces.get(name)
             if self.init == "loftq" and isinstance(delta, LowRankDelta):
                 loftq(out_in_view(module), quantized, delta, self.loftq_iterations, name)
             return quantized

@@ -15,17 +15,19 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from ..bases.linear import out_in_view
-from ..deltas import Delta, ExactSubmatrixDelta, InPlaceSubmatrixDelta, SubmatrixDelta
-from ..deltas.submatrix import Side
+from ..pieces.linear import Delta, ExactSubmatrixDelta, InPlaceSubmatrixDelta, SubmatrixDelta
+from ..pieces.linear.submatrix import Side
 from ..roles import ROLES, role_by_name, roles, widths
 from ..select import activation_scores, expand_groups, gradient_scores, pick_groups, random_groups, weight_scores
+from ..sites import LinearSite
 from ..targets import INPUT_SIDE_ROLES, resolve, suffix_match
-from .base import Calibration, Method, check_one_of
+from .base import Calibration, Method, Plan, check_one_of, register
 from .heads import head_dim_of
 
 STRATEGIES = ("random", "weight", "activation", "product", "gradient")
 
 
+@register
 @dataclass
 class S2FT(Method):
     """Train chosen input or output channels of the targeted linears; everything else stays frozen.
@@ -47,6 +49,7 @@ class S2FT(Method):
     """
 
     peft_type: ClassVar[str] = "S2FT"
+    pieces: ClassVar = (SubmatrixDelta, InPlaceSubmatrixDelta, ExactSubmatrixDelta)
 
     ratio: float | dict[str, float] = 0.03
     channels: int | dict[str, int] | None = None
@@ -73,7 +76,7 @@ class S2FT(Method):
             if channels is not None and (not isinstance(channels, int) or channels < 1):
                 raise ValueError(f"channels: wanted a whole number of channels, 1 or more, got {channels!r}")
 
-    def place(self, model: nn.Module, calibration: Calibration | None) -> dict[str, Callable[[nn.Module], Delta]]:
+    def plan(self, model: nn.Module, calibration: Calibration | None) -> Plan:
         names = resolve(
             model,
             self.target_modules,
@@ -83,7 +86,12 @@ class S2FT(Method):
         if self.target_modules is None:
             warn_about_missing_role(model, names)
         chosen, sides = self.choose(model, names, calibration), self.sides(model, names)
-        return {name: partial(self._build, indices=chosen[name], side=sides[name], where=name) for name in names}
+        return Plan(
+            {
+                LinearSite(name): partial(self._build, indices=chosen[name], side=sides[name], where=name)
+                for name in names
+            }
+        )
 
     def choose(self, model: nn.Module, names: list[str], calibration: Calibration | None) -> dict[str, Tensor]:
         """The channels to train of each named linear, sorted int64."""

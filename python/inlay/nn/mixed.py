@@ -56,11 +56,18 @@ def mix(module: nn.Module, mixin: type) -> nn.Module:
 def unmix(module: nn.Module) -> nn.Module:
     """Undo the last :func:`mix`; does nothing to a module that was not mixed."""
     if isinstance(module, Mixed):
+        declared = _declared(module._inlay_mixin)
         module.__class__ = module._inlay_plain_class
-        kept = {name for cls in type(module).__mro__ for name in cls.__dict__.get("__annotations__", ())}
-        for attribute in [a for a in module.__dict__ if a.startswith("inlay_") and a not in kept]:
-            delattr(module, attribute)
+        for attribute in declared - _declared(type(module)):
+            module.__dict__.pop(attribute, None)
     return module
+
+
+def _declared(cls: type) -> set[str]:
+    """What the mixins in a class say they keep in their modules."""
+    return {
+        name for base in cls.__mro__ for name in base.__dict__.get("__annotations__", ()) if name.startswith("inlay_")
+    }
 
 
 def chain_of(mixed: Any) -> tuple[tuple[type, ...], type]:

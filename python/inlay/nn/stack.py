@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.quantized import QuantizedLinear
-from ..deltas import LowRankDelta
 from ..ops.base_products import DenseBase
 from ..ops.stacked_linear import Part, stacked_linear
+from ..pieces.linear import LowRankDelta
 from .tuned_linear import TunedLinear, is_watched
 
 

@@ -1,4 +1,4 @@
-"""TunedLinear: one frozen base and the named deltas on it."""
+"""TunedLinear: one frozen base and the named pieces on it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.linear import base_linear, base_of, is_conv1d
-from ..deltas import Delta
 from ..ops.swiglu import swiglu
+from .holder import Holder
 
 #: Where torch keeps the hooks of a module.
 HOOKS = (
@@ -24,11 +24,13 @@ HOOKS = (
 
 
 def is_watched(module: nn.Module) -> bool:
-    """True if hooks, or a ``forward`` put in place of its class's, rely on calls of ``module``."""
-    return any(getattr(module, hooks) for hooks in HOOKS) or "forward" in module.__dict__
+    """True if something relies on calls of ``module``: hooks, a ``forward`` put in place of its class's, or a tensor
+    in it that trains whole, which the call casts."""
+    names = module.__dict__
+    return any(getattr(module, hooks) for hooks in HOOKS) or "forward" in names or "inlay_whole" in names
 
 
-class TunedLinear(nn.Linear):
+class TunedLinear(Holder, nn.Linear):
     """A linear with a frozen base weight and trainable deltas; an ``nn.Linear``, so that "all-linear" finds it.
 
     On a dense base ``weight`` and ``bias`` are the original frozen Parameters under their original keys, in their
@@ -53,9 +55,8 @@ class TunedLinear(nn.Linear):
         self.start(module)
 
     def start(self, module: nn.Module) -> None:
-        """Begin without deltas; ``module`` is what :meth:`to_plain` brings back."""
-        self.deltas = nn.ModuleDict()
-        self.active: tuple[str, ...] = ()
+        """Begin without pieces; ``module`` is what :meth:`to_plain` brings back."""
+        self.start_holding()
         self.plain_holder = (module,)  # a tuple, so that it is not a submodule and adds no state-dict keys
         self.training = module.training
         for hooks in HOOKS:  # the same dicts, so that a hook stays whichever of the two it was put on
@@ -73,31 +74,6 @@ class TunedLinear(nn.Linear):
         weight = self.weight.detach()
         return weight.t() if is_conv1d(self.plain_holder[0]) else weight
 
-    def add_delta(self, name: str, delta: Delta) -> None:
-        """Add ``delta`` as adapter ``name``; raises as :meth:`check_room` does."""
-        self.check_room(name, delta)
-        self.deltas[name] = delta
-
-    def check_room(self, name: str, delta: Delta) -> None:
-        """Raise ValueError if ``name`` is taken, or a second delta would share the base with one that owns it."""
-        if name in self.deltas:
-            raise ValueError(f"adapter {name!r} exists already on this linear; choose another adapter_name")
-        if self.deltas and (delta.owns_base or any(d.owns_base for d in self.deltas.values())):
-            raise ValueError(
-                'wanted one adapter on a base tuned with update="in_place" or keep="exact", got a second; '
-                "use the additive forms where several adapters share a base"
-            )
-
-    def remove_delta(self, name: str) -> None:
-        """Forget adapter ``name``; the base is as it was without it."""
-        del self.deltas[name]
-
-    def swap_delta(self, name: str, other: Delta) -> None:
-        """Give adapter ``name`` the tensors of ``other``, in its own memory."""
-        self.restore_base()
-        self.deltas[name].take(other)
-        self.sync()
-
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         """What :meth:`to_plain` brings back moves along."""
         super()._apply(fn, recurse)
@@ -111,12 +87,15 @@ class TunedLinear(nn.Linear):
             return active[0].linear(x, self.base, *self.base_tensors)
         if not active:
             self.restore_base()
-        y = base_linear(x, self.base, *self.base_tensors)
-        for delta in self.deltas.values():
+        changed = x
+        for delta in active:
+            changed = delta.before(changed)
+        y = base_linear(changed, self.base, *self.base_tensors)
+        for delta in self.pieces().values():
             if delta not in active:
                 y = delta.add_original(y, x)
         for delta in active:
-            y = delta.add_to(y, x)
+            y = delta.after(y, x)
         return y
 
     def forward_gated(self, gate: Tensor, up: Tensor, act: str) -> Tensor:
@@ -131,13 +110,9 @@ class TunedLinear(nn.Linear):
         """True if hooks, or a ``forward`` put in place of ours, rely on calls of this module."""
         return is_watched(self)
 
-    def active_deltas(self) -> list[Delta]:
-        """The deltas a forward applies, in the order they were activated."""
-        return [self.deltas[name] for name in self.active if name in self.deltas]
-
     def restore_base(self) -> None:
         """Give the base weight its original values where an in-place delta had written its own."""
-        for delta in self.deltas.values():
+        for delta in self.pieces().values():
             if delta.in_place:
                 delta.restore(self.weight_view)
 
@@ -151,21 +126,23 @@ class TunedLinear(nn.Linear):
             self.restore_base()
 
     @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """Base plus the active deltas, in the dtype and layout of ``weight``."""
+    def merged(self) -> tuple[Tensor, Tensor | None]:
+        """Base plus the active pieces: weight and bias in their dtypes, the weight in the layout of ``weight``."""
         self.restore_base()
-        merged = self.weight_view
+        weight, bias = self.weight_view, self.bias
         for delta in self.active_deltas():
-            merged = delta.merge_into(merged)
+            weight, bias = delta.merge(weight, bias)
         if is_conv1d(self.plain_holder[0]):
-            merged = merged.t()
-        return merged.contiguous()
+            weight = weight.t()
+        return weight.contiguous(), bias
 
     def to_plain(self) -> nn.Module:
-        """The module this one wrapped, holding the merged weight."""
+        """The module this one wrapped, holding the merged weight and bias."""
         plain = self.plain_holder[0]
-        plain.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
-        plain.bias = self.bias  # the one that moved with the model
+        weight, bias = self.merged()
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        kept = bias is None or isinstance(bias, nn.Parameter)
+        plain.bias = bias if kept else nn.Parameter(bias, requires_grad=False)
         plain.train(self.training)
         return plain
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.quantized import QuantizedLinear, QuantizedWeight, dense_linear
-from ..deltas import Delta
+from ..pieces import Piece
 from .tuned_linear import TunedLinear
 
 
 class TunedQuantizedLinear(QuantizedWeight, TunedLinear):
-    """A quantized frozen base and the named deltas on it.
+    """A quantized frozen base and the named pieces on it.
 
     Args:
         module: the quantized linear to wrap; its Parameters are shared, and it comes back with :meth:`to_plain`.
@@ -39,7 +39,7 @@ class TunedQuantizedLinear(QuantizedWeight, TunedLinear):
     def dense_base(self, dtype: torch.dtype) -> Tensor:
         """The dequantized base weight ``[out, in]``, with what a delta took out of it put back."""
         weight = super().dense_base(dtype)
-        for delta in self.deltas.values():
+        for delta in self.pieces().values():
             delta.put_back(weight)
         return weight
 
@@ -47,7 +47,7 @@ class TunedQuantizedLinear(QuantizedWeight, TunedLinear):
     def weight_view(self) -> Tensor:
         return self.dense_base(self.compute_dtype)
 
-    def add_delta(self, name: str, delta: Delta) -> None:
+    def add_delta(self, name: str, delta: Any) -> None:
         if delta.in_place:
             raise ValueError('update="in_place" writes into a dense weight, and this base is quantized; use "additive"')
         super().add_delta(name, delta)
@@ -60,27 +60,29 @@ class TunedQuantizedLinear(QuantizedWeight, TunedLinear):
         """Nothing to synchronize: no delta writes into a packed weight."""
 
     @torch.no_grad()
-    def merged_weight(self, onto: Tensor | None = None) -> Tensor:
-        """``onto`` (the dequantized base if None) plus the active deltas, ``[out, in]`` in its dtype."""
-        merged = self.dense_base(self.compute_dtype) if onto is None else onto
+    def merged_onto(self, onto: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """``onto`` (the dequantized base if None) ``[out, in]`` and the bias, with the active pieces in them."""
+        weight = self.dense_base(self.compute_dtype) if onto is None else onto
+        bias = self.bias
         for delta in self.active_deltas():
-            merged = delta.merge_into(merged)
-        return merged
+            weight, bias = delta.merge(weight, bias)
+        return weight, bias
 
-    def swap_delta(self, name: str, other: Delta) -> None:
-        delta = self.deltas[name]
+    def swap_delta(self, name: str, other: Piece) -> None:
+        delta = self.pieces()[name]
         delta.release_base(self.storage, *self.tensors)
         delta.take(other)
         delta.prepare_base(self.storage, *self.tensors)
 
     def remove_delta(self, name: str) -> None:
-        delta = self.deltas[name]
+        delta = self.pieces()[name]
         super().remove_delta(name)
         delta.release_base(self.storage, *self.tensors)
 
     def to_plain(self, onto: Tensor | None = None) -> nn.Module:
-        """The dense module this once was, holding ``onto`` or the dequantized base, and the active deltas."""
-        return dense_linear(self.merged_weight(onto), self.bias, self.conv1d).train(self.training)
+        """The dense module this once was, holding ``onto`` or the dequantized base, and the active pieces."""
+        weight, bias = self.merged_onto(onto)
+        return dense_linear(weight, bias, self.conv1d).train(self.training)
 
 
 def tuned(module: nn.Module) -> TunedLinear:

@@ -8,7 +8,7 @@ base's dtype; else the base's own tensor stands there. Tied tensors are one: eve
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.quantized import QuantizedWeight
+from ..pieces import Whole
 from ..sharding import is_sharded, whole
 from .blocks import FUSIONS
 from .head import DeferringHead, remove_head
+from .holder import Holder
 from .mixed import Mixed, mix, unmix
 from .partial import StopsBackprop
-from .tuned_linear import TunedLinear
 
 _FUSED = (DeferringHead, *(mixin for mixin, _ in FUSIONS))
 
@@ -135,39 +136,52 @@ def hidden_tensors(model: nn.Module) -> Iterator[Tensor]:
         yield from (t for t in (held.original, *held.copies.values()) if t is not _get(module, name))
 
 
-def keys_of(model: nn.Module, names: Sequence[str]) -> list[str]:
+def keys_of(model: nn.Module, names: Iterable[str]) -> list[str]:
     """State-dict keys of all tensors of the modules (or of the tensors themselves) ``names``.
 
     Raises:
-        ValueError: a linear among them is quantized, or carries an adapter's delta.
+        ValueError: a weight among them is quantized, or carries an adapter's piece. Biases may train beside one.
     """
-    tensors = dict(model.named_parameters(remove_duplicate=False))
+    wanted = set(names)
+    keys = []
     for path, module in model.named_modules(remove_duplicate=False):
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                tensors[f"{path}.{name}" if path else name] = buffer
-        if any(path == name or path.startswith(f"{name}.") for name in names):
-            _check_trainable(path, module)
-    return [key for key in tensors if any(key == name or key.startswith(f"{name}.") for name in names)]
+        if ".deltas." in f".{path}.":
+            continue
+        for name in (*module._parameters, *module._buffers):
+            key = f"{path}.{name}" if path else name
+            if _maybe(module, name) is None or name in module._non_persistent_buffers_set:
+                continue
+            if not wanted.isdisjoint(_names_above(key)):
+                _check_trainable(path, module, name)
+                keys.append(key)
+    return keys
 
 
-def _check_trainable(path: str, module: nn.Module) -> None:
-    if isinstance(module, TunedLinear) and module.deltas:
+def _names_above(key: str) -> list[str]:
+    """A key, and the names of the modules that it is in."""
+    parts = key.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+
+
+def _check_trainable(path: str, module: nn.Module, name: str) -> None:
+    if name == "bias":
+        return
+    if isinstance(module, Holder) and module.deltas:
         raise ValueError(
-            f"{path} is to be trained whole (modules_to_save), and an adapter has a delta on it; choose one"
+            f"{path}.{name} is to be trained whole (modules_to_save), and an adapter has a piece on {path}; choose one"
         )
     if isinstance(module, QuantizedWeight):
         raise ValueError(
-            f"{path} is to be trained whole (modules_to_save), and it is stored quantized; load the model with it "
-            "dense (skip_modules), or pass modules_to_save=[] to train no head"
+            f"{path} is to be trained whole and is stored quantized; load the model with it dense (skip_modules), "
+            "or pass modules_to_save=[] to train no head"
         )
 
 
-def check_whole(model: nn.Module, adapter: str, values: Mapping[str, Tensor | None]) -> None:
-    """ValueError if one of ``values`` (None: the base's own) does not fit its tensor, or ``adapter`` has it already."""
-    for key, value in values.items():
+def check_whole(model: nn.Module, adapter: str, specs: Mapping[str, Whole]) -> None:
+    """ValueError if a value in ``specs`` does not fit its tensor, or ``adapter`` has it already."""
+    for key, spec in specs.items():
         module, name = _owner(model, key)
-        held = _get(module, name)
+        held, value = _get(module, name), spec.value
         if isinstance(module, TrainedWhole) and adapter in getattr(module.inlay_whole.get(name), "copies", ()):
             raise ValueError(f"adapter {adapter!r} trains {key} already; choose another adapter_name")
         if value is None:
@@ -189,25 +203,26 @@ def _owner(model: nn.Module, key: str) -> tuple[nn.Module, str]:
     return module, name
 
 
-def add_whole(model: nn.Module, adapter: str, values: Mapping[str, Tensor | None], as_base: Sequence[str] = ()) -> None:
-    """Give ``adapter`` a copy of each tensor by state-dict key, with these values or, for None, those of the base.
-
-    Args:
-        as_base: keys whose copies have the base's dtype instead of fp32: what the user unfroze himself.
-    """
-    for key, value in values.items():
+def add_whole(model: nn.Module, adapter: str, specs: Mapping[str, Whole]) -> None:
+    """Give ``adapter`` a copy of each tensor by state-dict key, as :class:`inlay.pieces.Whole` says."""
+    for key, spec in specs.items():
         module, name = _owner(model, key)
         held = _held(model, module, name)
         if adapter in held.copies:  # tied to one before
             continue
-        source = held.original if value is None else value
-        made = source.detach().to(held.original.device, copy=True)
-        if isinstance(held.original, nn.Parameter):
-            if made.is_floating_point():
-                wider = torch.promote_types(held.original.dtype, torch.float32)
-                made = made.to(held.original.dtype if key in as_base else wider)
-            made = nn.Parameter(made, requires_grad=False)
-        held.copies[adapter] = made
+        held.copies[adapter] = _copy(held, spec)
+
+
+def _copy(held: WholeTensor, spec: Whole) -> Tensor:
+    """What trains, in place of the original: a Parameter for a Parameter."""
+    source = held.original if spec.value is None else spec.value
+    made = source.detach().to(held.original.device, copy=True)
+    if not isinstance(held.original, nn.Parameter):
+        return made
+    if made.is_floating_point():
+        wider = torch.promote_types(held.original.dtype, torch.float32)
+        made = made.to(held.original.dtype if spec.held == "base" else wider)
+    return nn.Parameter(made, requires_grad=False)
 
 
 def _held(model: nn.Module, module: nn.Module, name: str) -> WholeTensor:

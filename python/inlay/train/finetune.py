@@ -17,8 +17,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..coverage import tuned_line
 from ..data import Collator, TrainingData, check_samples_stay_apart, prepare, show_mask
 from ..data.formats import RecordSource
-from ..model import state_of
 from ..nn.head import FusedCausalLoss
+from ..state import state_of
 from ..tune import tune
 from .arguments import training_arguments as build_arguments
 from .expected import expected_peak

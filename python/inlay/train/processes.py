@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..model import require_state
 from ..sharding import whole
+from ..state import require_state
 
 
 def check_processes_agree(model: nn.Module) -> None:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ...bases.linear import is_conv1d, out_in_view
-from ...deltas import Delta, SubmatrixDelta, keeping_width
-from ...deltas.submatrix import Side
 from ...nn.tuned_linear import is_watched
 from ...ops.swiglu import swiglu
+from ...pieces import keeping_width
+from ...pieces.linear import Delta, SubmatrixDelta
+from ...pieces.linear.submatrix import Side
 from .base import OnQuantized, fused_base, weight_like
 from .internals import BaseTunerLayer, BufferDict, check_adapters_to_merge
 
@@ -49,7 +50,7 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
     Args:
         base_layer: ``nn.Linear``, Conv1D or inlay's quantized linear; called, or handed to the op where that is the
             same. Its weight stays frozen.
-        adapter_name, indices, side: the first adapter; see :class:`inlay.deltas.SubmatrixDelta`.
+        adapter_name, indices, side: the first adapter; see :class:`inlay.pieces.linear.SubmatrixDelta`.
         where: the linear's name, for errors.
     """
 
@@ -110,7 +111,7 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
             return deltas[0].linear(x, base, *tensors)
         y = self.base_layer(x, *args, **kwargs)
         for delta in deltas:
-            y = delta.add_to(y, x)
+            y = delta.after(y, x)
         return y
 
     def forward_gated(self, gate: Tensor, up: Tensor, act: str) -> Tensor:
@@ -124,7 +125,7 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """``ΔW``, fp32, in the layout of the base weight."""
-        delta = self.s2ft_deltas[adapter].weight_delta()
+        delta = self.s2ft_deltas[adapter].weight_delta().detach()
         return delta.t() if is_conv1d(self.base_layer) else delta
 
     @torch.no_grad()
@@ -134,7 +135,7 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
             if name not in self.s2ft_deltas:
                 continue
             delta, weight = self.s2ft_deltas[name], out_in_view(self.base_layer)
-            merged = delta.merge_into(weight)
+            merged, _ = delta.merge(weight, None)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"the merged weight holds NaN or infinity; adapter {name!r} seems to be broken")
             channels = delta.s2ft_indices.clone()
@@ -158,7 +159,7 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
             self.s2ft_indices[adapter_name] = self.s2ft_indices[adapter_name].to(device)
 
     def checked(self, adapter_name: str, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-        """An adapter file's tensors for this layer, channels sorted; ValueError as :meth:`inlay.deltas.Delta.load`.
+        """An adapter file's tensors for this layer, channels sorted; ValueError as :meth:`inlay.pieces.Piece.load`.
 
         PEFT copies what a file holds as it is; a channel out of range would be read and written past the weight.
         """

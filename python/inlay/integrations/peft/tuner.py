@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from ...adapters.load import check_sample
 from ...bases.quantized import QuantizedLinear
-from ...deltas.submatrix import Side
-from ...model import sample_weights
+from ...install import adopt_bitsandbytes, check_tunable
 from ...nn.blocks import install_blocks
 from ...nn.mixed import unmix
 from ...nn.partial import install_partial_backprop, remove_partial_backprop
+from ...pieces.linear.submatrix import Side
+from ...state import sample_weights
 from ...targets import is_linear, resolve
 from ...task_head import task_head
-from ...tune import adopt_bitsandbytes, check_tunable
 from ..trl import watch
 from .base import refuse_tuned
 from .config import PEFT_TYPE, S2FTConfig

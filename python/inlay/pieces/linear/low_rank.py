@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.lora_linear import add_low_rank, lora_linear, swiglu_lora_linear
+from ...ops.lora_linear import add_low_rank, lora_linear, swiglu_lora_linear
 from .base import Delta
 
 
@@ -42,7 +42,7 @@ class LowRankDelta(Delta):
     def _dropped(self, x: Tensor) -> Tensor | None:
         return nn.functional.dropout(x, self.dropout) if self.training and self.dropout > 0 else None
 
-    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+    def after(self, y: Tensor, x: Tensor) -> Tensor:
         dropped = self._dropped(x)
         return add_low_rank(y, x if dropped is None else dropped, self.lora_A, self.lora_B, self.scale)
 
@@ -55,7 +55,7 @@ class LowRankDelta(Delta):
         return swiglu_lora_linear(gate, up, act, self.lora_A, self.lora_B, self.scale, base, *tensors)
 
     def weight_delta(self) -> Tensor:
-        return self.scale * (self.lora_B.detach() @ self.lora_A.detach())
+        return self.scale * (self.lora_B @ self.lora_A)
 
     @classmethod
     def combine(cls, parts: Sequence[tuple[float, Delta]], where: str) -> Delta:

@@ -8,8 +8,8 @@ from comparing import assert_close, assert_equal
 from torch import nn
 
 from inlay.bases import base_of
-from inlay.deltas import Delta, InPlaceSubmatrixDelta, SubmatrixDelta
-from inlay.deltas.submatrix import check_indices
+from inlay.pieces.linear import Delta, InPlaceSubmatrixDelta, SubmatrixDelta
+from inlay.pieces.linear.submatrix import check_indices
 
 SIDES = ["in", "out"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -37,7 +37,7 @@ def test_products_agree(side, dtype):
     wanted = dense(linear, delta, x)
     tolerance = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 0.1}[dtype]
     one = delta.linear(x, base_of(linear), linear.weight, linear.bias)
-    other = delta.add_to(linear(x), x)
+    other = delta.after(linear(x), x)
     for y in (one, other):
         assert y.dtype is dtype
         assert_close(y, wanted, atol=tolerance, what="y")
@@ -99,8 +99,8 @@ def test_weight_delta_and_factors(side, kind):
 def test_in_place_writes_and_restores(side):
     linear, delta, x = parts(side, torch.bfloat16, InPlaceSubmatrixDelta)
     original = linear.weight.clone()
-    merged = delta.merge_into(linear.weight)
-    assert_equal(linear.weight, original, "merge_into is a copy")
+    merged = delta.merge(linear.weight, None)[0]
+    assert_equal(linear.weight, original, "merging makes a copy")
     delta.linear(x, base_of(linear), linear.weight, linear.bias)
     assert_equal(linear.weight, merged, "a forward writes")
     change = (merged != original).sum(1 if side == "out" else 0)
@@ -108,7 +108,7 @@ def test_in_place_writes_and_restores(side):
     delta.restore(linear.weight.data)
     assert_equal(linear.weight, original, "restored")
     with pytest.raises(RuntimeError, match="cannot be added to another adapter"):
-        delta.add_to(linear(x), x)
+        delta.after(linear(x), x)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_indices_are_sorted_int64():
 
 def test_a_delta_that_lacks_a_method_cannot_be_made():
     class Half(Delta):
-        def add_to(self, y, x):
+        def after(self, y, x):
             return y
 
     with pytest.raises(TypeError, match="abstract.*changes_anything.*weight_delta"):

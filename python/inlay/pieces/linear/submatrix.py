@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..bases.quantized import Storage
-from ..ops import submatrix_add_delta, submatrix_linear, submatrix_linear_in_place, submatrix_write_
-from ..ops.swiglu import swiglu_submatrix_linear
+from ...bases.quantized import Storage
+from ...ops import submatrix_add_delta, submatrix_linear, submatrix_linear_in_place, submatrix_write_
+from ...ops.swiglu import swiglu_submatrix_linear
 from .base import Delta
 
 Side = Literal["in", "out"]
@@ -65,7 +65,7 @@ class SubmatrixDelta(Delta):
         """The dimension of ``[out, in]`` that the indices choose from."""
         return 1 if self.side == "in" else 0
 
-    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+    def after(self, y: Tensor, x: Tensor) -> Tensor:
         return submatrix_add_delta(y, x, self.s2ft_values, self.s2ft_indices, self.side)
 
     def linear(self, x: Tensor, base: Any, *tensors: Tensor | None) -> Tensor:
@@ -80,14 +80,18 @@ class SubmatrixDelta(Delta):
 
     def weight_delta(self) -> Tensor:
         delta = self.s2ft_values.new_zeros(self.out_features, self.in_features)
-        return delta.index_copy_(self.dim, self.s2ft_indices, self.change())
+        return delta.index_copy(self.dim, self.s2ft_indices, self.change())
 
     def change(self) -> Tensor:
         """ΔW at the trained channels, fp32, in the shape of ``values``."""
-        return self.s2ft_values.detach()
+        return self.s2ft_values
 
     def changes_anything(self) -> bool:
-        return bool(self.change().any())
+        return bool(self.change().detach().any())
+
+    def _with_values(self, weight: Tensor) -> Tensor:
+        """A copy of ``weight [out, in]`` with the values at the trained channels."""
+        return weight.index_copy(self.dim, self.s2ft_indices.to(weight.device), self.s2ft_values.to(weight))
 
     @classmethod
     def combine(cls, parts: Sequence[tuple[float, Delta]], where: str) -> Delta:
@@ -126,9 +130,8 @@ class SubmatrixDelta(Delta):
         channels = self.in_features if self.side == "in" else self.out_features
         one_hot = self.s2ft_values.new_zeros(count, channels)
         one_hot[torch.arange(count, device=one_hot.device), self.s2ft_indices] = 1.0
-        if self.side == "in":
-            return one_hot, self.change().clone()
-        return self.change().clone(), one_hot.t().contiguous()
+        change = self.change().detach().clone()
+        return (one_hot, change) if self.side == "in" else (change, one_hot.t().contiguous())
 
     def extra_repr(self) -> str:
         return f"side={self.side}, channels={self.s2ft_indices.numel()}"
@@ -156,7 +159,7 @@ class InPlaceSubmatrixDelta(SubmatrixDelta):
     def linear(self, x: Tensor, base: Any, *tensors: Tensor | None) -> Tensor:
         return submatrix_linear_in_place(x, self.s2ft_values, self.s2ft_indices, self.side, base, *tensors)
 
-    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+    def after(self, y: Tensor, x: Tensor) -> Tensor:
         raise RuntimeError("an in-place submatrix is part of its base weight; it cannot be added to another adapter")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -175,12 +178,10 @@ class InPlaceSubmatrixDelta(SubmatrixDelta):
         submatrix_write_(weight, self.s2ft_indices, self.s2ft_original.to(self.s2ft_values.dtype), self.dim)
 
     def change(self) -> Tensor:
-        return self.s2ft_values.detach() - self.s2ft_original.to(self.s2ft_values.dtype)
+        return self.s2ft_values - self.s2ft_original.to(self.s2ft_values.dtype)
 
-    def merge_into(self, weight: Tensor) -> Tensor:
-        merged = weight.detach().clone()
-        self.write(merged)
-        return merged
+    def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self._with_values(weight), bias
 
 
 class ExactSubmatrixDelta(SubmatrixDelta):
@@ -218,9 +219,7 @@ class ExactSubmatrixDelta(SubmatrixDelta):
         return submatrix_add_delta(y, x, self.s2ft_packed, self.s2ft_indices, self.side)
 
     def change(self) -> Tensor:
-        return self.s2ft_values.detach() - self.s2ft_original
+        return self.s2ft_values - self.s2ft_original
 
-    def merge_into(self, weight: Tensor) -> Tensor:
-        merged = weight.detach().clone()
-        submatrix_write_(merged, self.s2ft_indices, self.s2ft_values.detach(), self.dim)
-        return merged
+    def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self._with_values(weight), bias
