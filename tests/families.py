@@ -277,8 +277,16 @@ FAMILIES = [
     ),
 ]
 
+#: Families of which some models have biases and others have none.
+WITH_BIASES = [
+    Family(**_like_llama("llama-biases", "Llama", attention_bias=True, mlp_bias=True)),
+    Family(**_like_llama("granite-biases", "Granite", attention_bias=True, mlp_bias=True)),
+    Family(**_like_llama("gemma-biases", "Gemma", head_dim=8, attention_bias=True)),
+    Family(**_like_llama("qwen3-biases", "Qwen3", head_dim=8, attention_bias=True)),
+]
+
 CAUSAL = [family for family in FAMILIES if family.causal]
-BY_NAME = {family.name: family for family in FAMILIES}
+BY_NAME = {family.name: family for family in (*FAMILIES, *WITH_BIASES)}
 
 
 def prompt(seed: int = 0, tokens: int = 6, rows: int = 1) -> Tensor:

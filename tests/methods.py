@@ -3,15 +3,17 @@ tests/test_invariants.py, the several-process runs and the estimates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from families import FAMILIES, WITH_BIASES
 from torch import Tensor, nn
 
 import inlay
 from inlay.methods import Method
+from inlay.nn.whole import begin_all
 
 NESTED = inlay.BaseConfig("nf4", double_quant=True, blocksize=32)
 
@@ -27,6 +29,9 @@ class Row:
         keeps_base: tuning alone changes no logit (of the quantized model, where there is a base).
         exports: it is a LoRA to the last bit, for other libraries.
         dropout: its forward in training mode draws random numbers.
+        whole: it trains tensors of the base itself, in the base's dtype.
+        model: options of the Llama it is tried on, where the usual one has nothing for it.
+        families: the families it can be tried on; None for all.
     """
 
     name: str
@@ -36,6 +41,9 @@ class Row:
     keeps_base: bool = True
     exports: bool = True
     dropout: bool = False
+    whole: bool = False
+    model: Mapping[str, Any] = field(default_factory=dict)
+    families: tuple[str, ...] | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -48,6 +56,14 @@ def _s2ft(**options: Any) -> Callable[..., Method]:
 def _lora(**options: Any) -> Callable[..., Method]:
     return lambda **more: inlay.LoRA(**({"r": 4, "lora_alpha": 8} | options | more))
 
+
+def _whole(method: type[Method], **options: Any) -> Callable[..., Method]:
+    return lambda **more: method(**(options | more))
+
+
+#: A Llama with biases, and the families that have some.
+BIASES = {"attention_bias": True, "mlp_bias": True}
+BIASED = ("qwen2", "gpt2", "opt", "bert", "vit", *(family.name for family in WITH_BIASES))
 
 ROWS = (
     Row("s2ft", _s2ft()),
@@ -64,8 +80,23 @@ ROWS = (
     Row("lora-fp4", _lora(), base="fp4"),
     Row("lora-int8", _lora(), base="int8"),
     Row("loftq", _lora(init="loftq", loftq_iterations=2), base="nf4", keeps_base=False, exports=False),
+    Row("full", _whole(inlay.Full), whole=True, exports=False),
+    Row("full-fp32", _whole(inlay.Full, rounding="fp32"), exports=False),
+    Row("bitfit", _whole(inlay.BitFit), exports=False, model=BIASES, families=BIASED),
+    Row("bitfit-nf4", _whole(inlay.BitFit), base="nf4", exports=False, model=BIASES, families=BIASED),
+    Row("ln-tuning", _whole(inlay.LNTuning), exports=False),
+    Row("freeze-layers", _whole(inlay.FreezeLayers, layers=1), whole=True, exports=False),
+    Row("telly", _whole(inlay.Telly, frozen_layers=1), whole=True, exports=False),
+    Row("lisa", _whole(inlay.LISA, layers=1, every=1), whole=True, exports=False),
+    Row("lisa-blocks", _whole(inlay.LISA, layers=1, every=2, embeddings=False), whole=True, exports=False),
+    Row("hft", _whole(inlay.HFT, redraw_every=2), whole=True, exports=False),
 )
 BY_NAME = {row.name: row for row in ROWS}
+
+
+def families_of(row: Row) -> tuple[str, ...]:
+    """Names of the families that a row is tried on."""
+    return row.families or tuple(family.name for family in FAMILIES)
 
 
 def trainables(model: nn.Module) -> dict[str, Tensor]:
@@ -76,6 +107,7 @@ def trainables(model: nn.Module) -> dict[str, Tensor]:
 def shake(model: nn.Module, size: float = 0.05, seed: int = 0) -> nn.Module:
     """Change everything that trains by about ``size``, as training would."""
     random = torch.Generator().manual_seed(4000 + seed)
+    begin_all(model)
     with torch.no_grad():
         for parameter in trainables(model).values():
             parameter.add_(size * torch.randn(parameter.shape, generator=random).to(parameter.dtype))

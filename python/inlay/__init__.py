@@ -8,7 +8,9 @@ from . import optim
 from .adapters import Verification, export, merge, verify
 from .bases import BaseConfig
 from .estimate import Estimate, estimate
-from .methods import S2FT, LoRA
+from .methods import BY_CLASS as _METHODS
+from .methods.lora import LoRA
+from .methods.s2ft import S2FT
 from .state import disabled
 from .tune import load, tune
 from .version import __version__
@@ -43,6 +45,9 @@ __all__ = [
     "tune",
     "verify",
 ]
+#: Every method is a public name; a new one is there by its file in methods/.
+globals().update(_METHODS)
+__all__ += [name for name in _METHODS if name not in __all__]
 
 
 def __getattr__(name: str) -> Any:

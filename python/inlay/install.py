@@ -21,12 +21,15 @@ from .nn.tuned_quantized import tuned
 from .nn.use_check import check_at_first_training_forward
 from .nn.whole import add_whole, check_whole
 from .pieces import Piece, Whole
+from .schedules import SCHEDULES, follow
 from .sites import LinearSite, site_of
 from .state import (
     STATE_ATTRIBUTE,
     TuneState,
     activate,
+    begin_loaded,
     check_loaded_keys,
+    require_state,
     state_of,
     tuned_linears,
 )
@@ -69,11 +72,26 @@ def install(
     for name, piece in pieces.items():
         holder = held[name] if name in held else hold_outputs(model.get_submodule(name))
         holder.add_delta(adapter_name, piece)
-    add_whole(model, adapter_name, whole or {})
     if fused_loss:
         install_head(model)
+    add_whole(model, adapter_name, whole or {})
     activate(model, (adapter_name,))
+    _add_schedule(model, method, adapter_name)
     return model
+
+
+def _add_schedule(model: nn.Module, method: Method, adapter_name: str) -> None:
+    schedule = method.schedule(model)
+    if schedule is None:
+        return
+    if SCHEDULES not in model._modules:
+        model.add_module(SCHEDULES, nn.ModuleDict())
+        handles = require_state(model, "install").handles
+        handles.append(model.register_forward_pre_hook(follow, with_kwargs=True))
+        handles.append(model.register_load_state_dict_pre_hook(begin_loaded))
+    device = next(model.parameters()).device
+    held: Any = model._modules[SCHEDULES]
+    held[adapter_name] = schedule.to(device)
 
 
 def _make_tuned(model: nn.Module, state: TuneState) -> None:
@@ -152,6 +170,8 @@ def check_tunable(model: nn.Module, name: str, loaded: bool = True) -> None:
             f"{name}: wanted a weight of float32, bfloat16, float16 or float64, got {weight.dtype} "
             f"({type(module).__name__}); this base was quantized by another library: load the dense model"
         )
+    if "inlay_whole" in module.__dict__:
+        raise ValueError(f"{name} trains whole in another adapter; a piece on it as well would train it twice")
     if not computes_linear(module):
         raise ValueError(
             f"{name}: {type(module).__name__} is a linear by class and computes something else than x·Wᵀ + b; add it "

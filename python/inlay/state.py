@@ -19,7 +19,8 @@ from .nn.mixed import Mixed, unmix
 from .nn.partial import install_partial_backprop, remove_partial_backprop
 from .nn.tuned_linear import TunedLinear
 from .nn.tuned_output import TunedOutput, release
-from .nn.whole import active_whole, owners, remove_whole, restore_whole, switch_whole, train_whole
+from .nn.whole import active_whole, begin, owners, remove_whole, restore_whole, switch_whole, train_whole
+from .schedules import SCHEDULES
 from .sharding import is_sharded
 
 STATE_ATTRIBUTE = "inlay_state"
@@ -170,6 +171,9 @@ def forget(model: nn.Module, adapter: str) -> None:
         if adapter in module.deltas:
             module.remove_delta(adapter)
     remove_whole(model, adapter)
+    schedules: Any = model._modules.get(SCHEDULES)
+    if schedules is not None and adapter in schedules:
+        del schedules[adapter]
 
 
 def make_plain(model: nn.Module) -> nn.Module:
@@ -185,8 +189,9 @@ def make_plain(model: nn.Module) -> nn.Module:
         while isinstance(module, Mixed):
             unmix(module)
     keep_from_ddp(model)
-    for name in [name for name in model.__dict__ if name.startswith("inlay_")]:
-        delattr(model, name)
+    for attribute in [key for key in model.__dict__ if str(key).startswith("inlay_")]:
+        delattr(model, attribute)
+    model._modules.pop(SCHEDULES, None)
     return model
 
 
@@ -207,14 +212,25 @@ def keep_from_ddp(model: nn.Module) -> None:
 
 def check_loaded_keys(model: nn.Module, incompatible: Any) -> None:
     """A checkpoint of a tuned model holds its trainables only: frozen keys are not missing, trainables must not be."""
-    in_place = {key for key, _, _, held in owners(model) if held.active is not None}
-    trainable = {key for key in incompatible.missing_keys if ".deltas." in key or key in in_place}
+    in_place = {key for key, _, _, held in owners(model) if held.active is not None and held.active not in held.fresh}
+    trainable = {
+        key
+        for key in incompatible.missing_keys
+        if ".deltas." in key or key in in_place or key.startswith(f"{SCHEDULES}.")
+    }
     if trainable:
         raise RuntimeError(
             f"the checkpoint lacks trained tensors of this model, first {sorted(trainable)[0]!r}; it was made with "
             "another method or other targets: tune the model as it was tuned then, or inlay.load the adapter"
         )
     incompatible.missing_keys.clear()
+
+
+def begin_loaded(model: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Before a checkpoint is loaded: what it holds of the tensors that a schedule may choose gets memory of its own."""
+    for key, _, _, held in owners(model):
+        if held.active is not None and f"{prefix}{key}" in state_dict:
+            begin(held, held.active)
 
 
 def check_in_place(model: nn.Module) -> None:

@@ -65,7 +65,7 @@ def tune(
     config = None if base is None else BaseConfig.of(base)
     with nullcontext() if state is None else disabled(model):  # choose by the base, whatever else is tuned
         plan = method.plan(model, calibration)
-    method, plan = completed(model, method, plan)
+    method, plan = completed(model, method, plan, config)
     check_sites(model, [site.path for site in plan.pieces])
     check_by_probe(model, [site.path for site in plan.pieces if isinstance(site, LinearSite)])
     pieces = {site.path: build(site.module(model)) for site, build in plan.pieces.items()}

@@ -13,7 +13,8 @@ from oracle import deltas_of, randomize
 from torch import nn
 
 import inlay
-from inlay.nn.partial import block_stacks, first_trained_block, stops_backprop
+from inlay.nn.partial import first_trained_block, stops_backprop
+from inlay.sites import block_stacks
 
 HIDDEN, INTERMEDIATE, HEADS, HEAD = 32, 56, 4, 8
 KV = 2 * HEAD

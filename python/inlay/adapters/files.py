@@ -24,6 +24,8 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 RESUME_NAME = "model.safetensors"
 CARD_NAME = "README.md"
 KEY_PREFIX = "base_model.model."
+#: What stands for a module in the keys of a schedule's state.
+SCHEDULE = "inlay_schedule"
 #: What this inlay reads. An adapter of deltas alone is written as format 1; 2 has tensors trained whole beside them.
 FORMAT_VERSION, DELTAS_ONLY = 2, 1
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..methods import LoRA
+from ..methods.lora import LoRA
 
 #: Options of PEFT's config that say the same here, and those that say nothing about what is computed.
 _SAME = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "modules_to_save")

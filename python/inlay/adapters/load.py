@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from ..bases import BaseConfig
 from ..fingerprint import fingerprint
 from ..install import DEFAULT_ADAPTER, adopt_bitsandbytes, check_base_fits, check_sites, install
-from ..methods import METHODS, LoRA, Method, stored_keys
+from ..methods import METHODS, Method, stored_keys
+from ..methods.lora import LoRA
 from ..nn.tuned_linear import TunedLinear
 from ..nn.whole import check_whole, train_whole, whole_tensors
-from ..pieces import Whole
+from ..schedules import SCHEDULES
 from ..state import require_state, sample_of, sample_weights, state_of, tuned_modules
-from .files import CONFIG_NAME, FORMAT_VERSION, KEY_PREFIX, WEIGHTS_NAME, read_json, read_tensors
+from .files import CONFIG_NAME, FORMAT_VERSION, KEY_PREFIX, SCHEDULE, WEIGHTS_NAME, read_json, read_tensors
 from .from_peft import lora_of_peft
 from .whole_files import (
     check_complete,
@@ -25,6 +26,7 @@ from .whole_files import (
     check_swap_whole,
     check_ties,
     fit_vocabulary,
+    specs_of,
     take_whole,
     with_paths,
 )
@@ -50,6 +52,7 @@ def load_onto(
     config = read_json(directory / CONFIG_NAME)
     method = method_of(config, directory)
     tensors = read_tensors(directory / WEIGHTS_NAME)
+    points = take_schedule(tensors)
     whole = take_whole(tensors, config, method)
     grouped = group_by_module(tensors, directory)
     if not grouped and not whole:
@@ -65,11 +68,10 @@ def load_onto(
         raise ValueError(f"this model has an adapter {name!r} already; pass another name")
     ours = config.get("inlay") or {}
     fit_vocabulary(model, config, whole)
-    loose = [key for key in ours.get("unfrozen") or () if key in whole]
-    specs = {key: Whole(value, held="base" if key in loose else "fp32") for key, value in whole.items()}
-    check_whole(model, name, specs)
     method = with_paths(model, config, method, whole)
-    check_complete(model, method, whole, directory)
+    specs = specs_of(model, method, whole, ours.get("unfrozen") or ())
+    check_whole(model, name, specs)
+    check_complete(model, method, whole, config, directory)
     check_ties(model, config, whole)
     if check_base:
         _check_base(model, ours.get("base_sample") or {})
@@ -96,6 +98,7 @@ def load_onto(
         fused_blocks=fused_blocks,
         fused_loss=fused_loss,
     )
+    put_schedule(model, name, points, directory)
     if not trainable:
         train_whole(model, ())
         for piece in pieces.values():
@@ -120,6 +123,7 @@ def hotswap(model: nn.Module, directory: str | Path, name: str = DEFAULT_ADAPTER
     config = read_json(directory / CONFIG_NAME)
     method, old = method_of(config, directory), state.methods[name]
     tensors = read_tensors(directory / WEIGHTS_NAME)
+    points = take_schedule(tensors)
     whole = take_whole(tensors, config, method)
     grouped = group_by_module(tensors, directory)
     held = {path: module for path, module in tuned_modules(model).items() if name in module.deltas}
@@ -140,8 +144,28 @@ def hotswap(model: nn.Module, directory: str | Path, name: str = DEFAULT_ADAPTER
         held[path].swap_delta(name, piece)
     for key, tensor in whole_tensors(model, name).items():
         tensor.data.copy_(whole[key])
+    put_schedule(model, name, points, directory)
     state.methods[name] = method
     return model
+
+
+def take_schedule(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove from an adapter file's ``tensors`` the state of its schedule, and return it."""
+    prefix = f"{KEY_PREFIX}{SCHEDULE}."
+    return {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+
+
+def put_schedule(model: nn.Module, name: str, points: dict[str, Tensor], where: Path) -> None:
+    """Give the schedule of adapter ``name`` the state that was saved; ValueError if it does not fit."""
+    held: Any = model._modules.get(SCHEDULES)
+    schedule = held[name] if held is not None and name in held else None
+    wanted = {} if schedule is None else schedule.state_dict()
+    if {k: v.shape for k, v in wanted.items()} != {k: v.shape for k, v in points.items()}:
+        raise ValueError(
+            f"{where}: wanted the state {sorted(wanted)} of a schedule, got {sorted(points)}; the file is incomplete"
+        )
+    if schedule is not None:
+        schedule.load_state_dict(points)
 
 
 def _check_same_quantization(method: Method, base: BaseConfig | None, recorded: dict[str, Any] | None) -> None:

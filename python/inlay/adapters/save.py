@@ -15,6 +15,7 @@ from ..methods import Method
 from ..nn.probe import shallow
 from ..nn.whole import owners, unfrozen, whole_tensors
 from ..pieces import Piece
+from ..schedules import SCHEDULES
 from ..sharding import any_sharded, is_sharded, whole, writes_here
 from ..state import TuneState, check_in_place, pieces_of, require_state, tuned_linears
 from ..version import __version__
@@ -25,6 +26,7 @@ from .files import (
     FORMAT_VERSION,
     KEY_PREFIX,
     RESUME_NAME,
+    SCHEDULE,
     WEIGHTS_NAME,
     base_path_of,
     peft_keys,
@@ -91,7 +93,15 @@ def collect(
             resume[full] = value
     for key, value in in_file(model, name, state_dict).items():
         tensors[f"{KEY_PREFIX}{key}"] = resume[key] = value
+    for key, value in schedule_tensors(model, name).items():
+        tensors[f"{KEY_PREFIX}{SCHEDULE}.{key}"] = resume[f"{SCHEDULES}.{name}.{key}"] = value
     return tensors, resume
+
+
+def schedule_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The state of adapter ``name``'s schedule; empty where it has none."""
+    held: Any = model._modules.get(SCHEDULES)
+    return {} if held is None or name not in held else dict(held[name].state_dict())
 
 
 def in_file(model: nn.Module, name: str, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -156,7 +166,9 @@ def whole_changed(model: nn.Module, name: str) -> bool:
     """Whether a tensor that adapter ``name`` trains whole differs from the base's; a sharded one is taken to."""
     copies = whole_tensors(model, name)
     return any(
-        is_sharded(value) or not torch.equal(value.detach().to(held.original.dtype), held.original.detach())
+        held.overwritten == name
+        or is_sharded(value)
+        or not torch.equal(value.detach().to(held.original.dtype), held.original.detach())
         for key, _, _, held in owners(model)
         if (value := copies.get(key)) is not None
     )

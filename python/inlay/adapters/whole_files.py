@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..fingerprint import allowed, distances, fingerprint, stored_as, warn_if_off
 from ..methods import Method, stored_keys
 from ..nn.whole import keys_of, whole_tensors
+from ..pieces import Whole
 from ..state import state_of
 from ..targets import suffix_match
 from ..task_head import task_head
@@ -54,12 +55,30 @@ def with_paths(model: nn.Module, config: Mapping[str, Any], method: Method, whol
     return replace(method, modules_to_save=outer) if outer else method
 
 
+def specs_of(
+    model: nn.Module, method: Method, whole: Mapping[str, Tensor], unfrozen: Sequence[str]
+) -> dict[str, Whole]:
+    """How each tensor of the file is held, and those that the method's schedule may come to choose."""
+    named = method.modules_to_save or ()
+    specs = dict(method.plan(model, None).whole) if method.chooses_over_time else {}
+    for key, value in whole.items():
+        beside = any(_under(key, path) for path in named)
+        spec = Whole(held="base") if key in unfrozen else Whole() if beside else method.holding
+        specs[key] = spec.of(value)
+    return specs
+
+
 def _under(key: str, path: str) -> bool:
     return key == path or key.startswith(f"{path}.")
 
 
-def check_complete(model: nn.Module, method: Method, whole: Mapping[str, Tensor], where: Path) -> None:
+def check_complete(
+    model: nn.Module, method: Method, whole: Mapping[str, Tensor], config: Mapping[str, Any], where: Path
+) -> None:
     """ValueError if the file lacks a tensor of what ``method`` trains whole; a tied one is there under one name."""
+    for key in (config.get("inlay") or {}).get("whole") or ():
+        if key not in whole:
+            raise ValueError(f"{where}: wanted {KEY_PREFIX}{key}, which the adapter trains; the file is incomplete")
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     names = [name for name in method.modules_to_save or () if _is_there(model, name, tensors)]
     there = {id(tensors[key]) for key in whole if key in tensors}

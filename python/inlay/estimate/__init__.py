@@ -13,7 +13,8 @@ from ..bases import BaseConfig, FourBit, QuantizedWeight
 from ..methods import Method
 from ..nn.attention import FusedAttention
 from ..nn.blocks import FusedGatedMLP
-from ..nn.partial import block_stacks
+from ..schedules import start
+from ..sites import block_stacks
 from ..state import require_state
 from .report import Estimate
 from .scale import PerGPU, per_gpu
@@ -22,7 +23,7 @@ from .tracker import Tracker
 
 __all__ = ["Estimate", "PerGPU", "estimate", "per_gpu"]
 
-#: Bytes of optimizer state per byte of an fp32 parameter.
+#: Bytes of optimizer state per 4 bytes, those of one fp32 element.
 OPTIMIZERS = {
     "adamw": 2.0,
     "adamw_torch": 2.0,
@@ -78,6 +79,7 @@ def estimate(
     _check(optimizer, device)
     shapes = meta_model(model, dtype)
     shapes = tune_without_data(shapes, method, base).train()
+    start(shapes)
     if gradient_checkpointing:
         _checkpoint(shapes)
     inputs = text_batch(shapes, batch, seq) if isinstance(batch, int) else _on_meta(batch)
@@ -85,8 +87,8 @@ def estimate(
     at_peak = {kind: size for kind, size in tracker.at_peak.items() if size}
     if device == "cuda" and (panel := _largest_panel(shapes)):
         at_peak["dequantized weight"] = panel
-    trainable = _bytes(p for p in shapes.parameters() if p.requires_grad)
-    state = int(OPTIMIZERS[optimizer] * trainable)
+    trained = [p for p in shapes.parameters() if p.requires_grad]
+    trainable, state = _bytes(trained), _state_bytes(trained, optimizer)
     counted = trainable + state + sum(at_peak.values())
     config = BaseConfig.of(base).base if base is not None else None
     return Estimate(
@@ -111,6 +113,13 @@ def estimate(
         tokens=_tokens(inputs),
         units=_units(shapes),
     )
+
+
+def _state_bytes(trained: list[nn.Parameter], optimizer: str) -> int:
+    """States are fp32; beside 16-bit parameters AdamW keeps what they have no room for, 2 bytes an element."""
+    elements = sum(p.numel() for p in trained)
+    residuals = sum(2 * p.numel() for p in trained if p.element_size() == 2) if optimizer.startswith("adamw") else 0
+    return int(OPTIMIZERS[optimizer] * 4 * elements) + residuals
 
 
 def _check(optimizer: str, device: str) -> None:

@@ -94,7 +94,7 @@ def tune_without_data(model: nn.Module, method: Method | None, base: str | BaseC
         raise ValueError("wanted a method such as inlay.S2FT(ratio=0.03) for a model that is not tuned, got none")
     method = method.without_data()
     config = None if base is None else BaseConfig.of(base)
-    method, plan = completed(model, method, method.plan(model, None))
+    method, plan = completed(model, method, method.plan(model, None), config)
     check_sites(model, [site.path for site in plan.pieces], loaded=False)
     pieces = {site.path: build(site.module(model)) for site, build in plan.pieces.items()}
     check_base_fits(model, method, pieces, config)

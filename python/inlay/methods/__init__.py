@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from .base import METHODS, Calibration, Method, Plan, register, stored_keys
-from .lora import LoRA
-from .s2ft import S2FT
+import importlib
+import pkgutil
 
-__all__ = ["METHODS", "S2FT", "Calibration", "LoRA", "Method", "Plan", "register", "stored_keys"]
+from .base import METHODS, Calibration, Method, Plan, register, stored_keys
+
+for _module in pkgutil.iter_modules(__path__):  # a method is there by being a file here
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+#: The methods by the name of their class, which users type.
+BY_CLASS = {cls.__name__: cls for cls in METHODS.values()}
+globals().update(BY_CLASS)
+
+__all__ = ["BY_CLASS", "METHODS", "Calibration", "Method", "Plan", "register", "stored_keys", *BY_CLASS]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..bases import BaseConfig, quantize_linears
 from ..pieces import Piece, Whole
+from ..schedules import Schedule
 from ..sites import Site
 
 #: Calibration data: batches of keyword arguments for the model's forward.
@@ -87,6 +88,8 @@ class Method:
     """
 
     peft_type: ClassVar[str] = ""
+    #: True if :meth:`schedule` chooses what trains, of everything in the plan.
+    chooses_over_time: ClassVar[bool] = False
     #: The kinds of pieces it makes.
     pieces: ClassVar[tuple[type[Piece], ...]] = ()
 
@@ -99,6 +102,15 @@ class Method:
     def plan(self, model: nn.Module, calibration: Calibration | None) -> Plan:
         """What to put where on ``model``, which nothing has changed yet."""
         raise NotImplementedError(f"{type(self).__name__} must define plan(model, calibration)")
+
+    @property
+    def holding(self) -> Whole:
+        """How the tensors that it trains whole are held; a head beside them is always held in fp32."""
+        return Whole()
+
+    def schedule(self, model: nn.Module) -> Schedule | None:
+        """What changes between optimizer steps; None if nothing does. ``model`` is tuned by this method already."""
+        return None
 
     def restore(self, module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Piece:
         """Build the piece of ``module`` from an adapter file's ``tensors``."""

@@ -32,7 +32,8 @@ class Mixed(_Module):
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         # torch's own __setstate__ also fills in what modules saved by older releases lack
-        self._inlay_plain_class.__setstate__(self, attributes)
+        plain: Any = chain_of(type(self))[1]
+        plain.__setstate__(self, attributes)
 
 
 @cache

@@ -16,19 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..integrations.transformers import checkpoints_reentrantly
+from ..sites import block_stacks
 from ..task_head import task_head
 from .mixed import Mixed, mix, unmix
 from .wanted import forget_embeddings, is_wanted, watch_embeddings
-
-
-def block_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """The outermost ``nn.ModuleList``s by name: the stacks of blocks of a transformer."""
-    stacks: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in stacks):
-            stacks[name] = module
-    return stacks
-
 
 _HEADS: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
 

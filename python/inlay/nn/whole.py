@@ -1,8 +1,9 @@
 """Tensors that an adapter trains whole: a task head, embeddings, a norm.
 
 The module keeps its place, class and state-dict keys. Where an adapter that trains one of its tensors is active, that
-adapter's copy stands in the tensor's place (fp32, so that small steps count), and the module computes with it in the
-base's dtype; else the base's own tensor stands there. Tied tensors are one: every module that holds it gets the copy.
+adapter's copy stands in the tensor's place, and the module computes with it in the base's dtype; else the base's own
+tensor stands there. Tied tensors are one: every module that holds it gets the copy. How a copy is held, and whether it
+is one: :class:`inlay.pieces.Whole`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,9 @@ from torch import Tensor, nn
 from ..bases.quantized import QuantizedWeight
 from ..pieces import Whole
 from ..sharding import is_sharded, whole
-from .blocks import FUSIONS
-from .head import DeferringHead, remove_head
+from .head import DeferringHead
 from .holder import Holder
 from .mixed import Mixed, mix, unmix
-from .partial import StopsBackprop
-
-_FUSED = (DeferringHead, *(mixin for mixin, _ in FUSIONS))
 
 
 @dataclass
@@ -34,18 +31,22 @@ class WholeTensor:
     Attributes:
         original: the base's own. copies: the adapters', by name; where one is in place, the module's is newer.
         active: whose values are in place; None for the base's own.
+        fresh: adapters whose copy still is the original's memory, until :func:`begin` makes it theirs.
+        overwritten: the adapter that trains the original's own memory, for good; None if it is kept.
     """
 
     original: Tensor
     copies: dict[str, Tensor] = field(default_factory=dict)
     active: str | None = None
+    fresh: set[str] = field(default_factory=set)
+    overwritten: str | None = None
 
 
 class TrainedWhole(Mixed):
     """Mixin of a module that holds tensors trained whole: it computes in the base's dtype."""
 
     inlay_whole: dict[str, WholeTensor]  # by the name of the tensor in this module
-    inlay_kind: str  # "linear" or "embedding" where torch's own forward is the one behind this
+    inlay_kind: str  # "linear", "head" or "embedding" where torch's own forward, or the deferring one, is behind this
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         cast = {
@@ -57,7 +58,9 @@ class TrainedWhole(Mixed):
             return super().forward(*args, **kwargs)
         if self.inlay_kind == "embedding":
             return super().forward(*args, **kwargs).to(cast["weight"])  # the rows looked up, not the whole table
-        if self.inlay_kind == "linear":  # as the twin would compute it, in a form that torch.compile can follow
+        if self.inlay_kind == "linear" or (
+            self.inlay_kind == "head" and torch.compiler.is_compiling()
+        ):  # as the twin would compute it, in a form that torch.compile can follow
             weight, bias = (_cast(self, cast, name) for name in ("weight", "bias"))
             return nn.functional.linear(args[0] if args else kwargs["input"], weight, bias)
         twin = copy.copy(self)
@@ -71,9 +74,11 @@ class TrainedWhole(Mixed):
         for name, held in self.inlay_whole.items():
             live = _get(self, name)
             if held.active is not None:
-                if live.dtype != before[name].dtype:
+                if live.dtype != before[name].dtype and held.active not in held.fresh:
                     live.data = before[name].to(live.device)
-                held.original = _moved(held.original, fn(held.original.data))
+                moved = fn(held.original.data)
+                shared = held.overwritten is not None or held.active in held.fresh
+                held.original = _moved(held.original, live.data if shared and live.dtype == moved.dtype else moved)
             for adapter, other in held.copies.items():
                 if adapter != held.active and other is not live:
                     device = fn(torch.empty(0, device=other.device, dtype=other.dtype)).device
@@ -111,12 +116,15 @@ def owners(model: nn.Module) -> Iterator[tuple[str, TrainedWhole, str, WholeTens
                 yield f"{path}.{name}" if path else name, module, name, held
 
 
-def whole_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """What ``adapter`` trains whole, by state-dict key, as it is now; a tied tensor under every key it has."""
+def whole_tensors(model: nn.Module, adapter: str, fresh: bool = False) -> dict[str, Tensor]:
+    """What ``adapter`` trains whole, by state-dict key, as it is now; a tied tensor under every key it has.
+
+    ``fresh``: also what a schedule may choose and has not yet, which is the base's.
+    """
     return {
         key: _get(module, name) if held.active == adapter else held.copies[adapter]
         for key, module, name, held in owners(model)
-        if adapter in held.copies
+        if adapter in held.copies and (fresh or adapter not in held.fresh)
     }
 
 
@@ -210,19 +218,46 @@ def add_whole(model: nn.Module, adapter: str, specs: Mapping[str, Whole]) -> Non
         held = _held(model, module, name)
         if adapter in held.copies:  # tied to one before
             continue
-        held.copies[adapter] = _copy(held, spec)
+        _check_kept(key, held)
+        held.copies[adapter] = _copy(held, adapter, spec)
 
 
-def _copy(held: WholeTensor, spec: Whole) -> Tensor:
+def _copy(held: WholeTensor, adapter: str, spec: Whole) -> Tensor:
     """What trains, in place of the original: a Parameter for a Parameter."""
-    source = held.original if spec.value is None else spec.value
-    made = source.detach().to(held.original.device, copy=True)
-    if not isinstance(held.original, nn.Parameter):
+    original = held.original
+    shares = not spec.keep_original or (spec.lazy and spec.value is None and spec.held == "base")
+    if shares and isinstance(original, nn.Parameter):
+        _share(held, adapter, spec)
+        return nn.Parameter(original.detach(), requires_grad=False)
+    source = original if spec.value is None else spec.value
+    made = source.detach().to(original.device, copy=True)
+    if not isinstance(original, nn.Parameter):
         return made
     if made.is_floating_point():
-        wider = torch.promote_types(held.original.dtype, torch.float32)
-        made = made.to(held.original.dtype if spec.held == "base" else wider)
+        wider = torch.promote_types(original.dtype, torch.float32)
+        made = made.to(original.dtype if spec.held == "base" else wider)
     return nn.Parameter(made, requires_grad=False)
+
+
+@torch.no_grad()
+def _share(held: WholeTensor, adapter: str, spec: Whole) -> None:
+    """Note that an adapter's copy is the original's own memory."""
+    if spec.value is not None:
+        held.original.data.copy_(spec.value)
+    if spec.lazy and spec.value is None:
+        held.fresh.add(adapter)
+    if not spec.keep_original:
+        held.overwritten = adapter
+
+
+def begin(held: WholeTensor, adapter: str) -> None:
+    """Before a copy that a schedule chose trains: it gets memory of its own, unless the base is not kept."""
+    if adapter not in held.fresh:
+        return
+    held.fresh.discard(adapter)
+    if held.overwritten != adapter:
+        copy_ = held.copies[adapter]
+        copy_.data = copy_.data.clone()  # the Parameter stays the one that optimizers know
 
 
 def _held(model: nn.Module, module: nn.Module, name: str) -> WholeTensor:
@@ -236,7 +271,7 @@ def _held(model: nn.Module, module: nn.Module, name: str) -> WholeTensor:
     for other in list(model.modules()):
         for own in (*other._parameters, *other._buffers):
             if _maybe(other, own) is tensor:
-                _mark(model, other)
+                _mark(other)
                 other.inlay_whole[own] = held
     return held
 
@@ -246,17 +281,28 @@ def _maybe(module: nn.Module, name: str) -> Tensor | None:
     return held if held is not None else module._buffers.get(name)
 
 
-def _mark(model: nn.Module, module: nn.Module) -> None:
+def begin_all(model: nn.Module) -> None:
+    """:func:`begin` of everything in place: for who writes into weights that a schedule has not chosen yet."""
+    for _, _, _, held in owners(model):
+        if held.active is not None:
+            begin(held, held.active)
+
+
+def _check_kept(key: str, held: WholeTensor) -> None:
+    if held.overwritten is not None:
+        raise ValueError(
+            f"{key}: the base's own values are gone: adapter {held.overwritten!r} trains them in place "
+            "(keep_original=False); tune with keep_original=True to disable, switch or add adapters"
+        )
+
+
+def _mark(module: nn.Module) -> None:
     if isinstance(module, TrainedWhole):
         return
-    if isinstance(module, DeferringHead):
-        remove_head(model)
-    while isinstance(module, (*_FUSED, StopsBackprop)):  # the latter is put back with the next switch
-        unmix(module)
-    known = {nn.Linear.forward: "linear", nn.Embedding.forward: "embedding"}
-    module.inlay_kind = known.get(type(module).forward, "")
-    mix(module, TrainedWhole)
-    module.inlay_whole = {}
+    known = {nn.Linear.forward: "linear", nn.Embedding.forward: "embedding", DeferringHead.forward: "head"}
+    kind = known.get(type(module).forward, "")
+    held: Any = mix(module, TrainedWhole)
+    held.inlay_kind, held.inlay_whole = kind, {}
 
 
 def switch_whole(model: nn.Module, active: Sequence[str]) -> None:
@@ -271,6 +317,8 @@ def switch_whole(model: nn.Module, active: Sequence[str]) -> None:
         if len(chosen) > 1:
             raise ValueError(f"{key} is trained whole by each of the adapters {chosen}; activate one of them at a time")
         wanted[id(held)] = chosen[0] if chosen else None
+        if wanted[id(held)] != held.active and held.active is not None:
+            _check_kept(key, held)
         if wanted[id(held)] != held.active and is_sharded(_get(module, name)):
             raise ValueError(f"{key} is sharded (FSDP2): adapters that train it whole cannot be switched any more")
     _place(model, wanted)

@@ -7,8 +7,8 @@ from dataclasses import InitVar, dataclass, field, fields
 from typing import Any
 
 from ...adapters.files import DELTAS_ONLY
-from ...methods import S2FT
 from ...methods.base import Calibration
+from ...methods.s2ft import S2FT
 from ...version import __version__
 from .internals import PeftConfig, TypeName
 
