@@ -306,7 +306,10 @@ def test_a_bf16_model_trains_exactly(row):
     losses = steps(tuned, adamw(tuned), BATCHES * 3)
     assert all(loss == loss for loss in losses) and losses[-4:] < losses[:4]
     moved = tuned_by(row).train().to(torch.bfloat16)
-    assert {parameter.dtype for parameter in trainables(moved).values()} == {torch.float32}
+    wide = (
+        {torch.float32, torch.bfloat16} if row.whole else {torch.float32}
+    )  # what no schedule has chosen yet moves along
+    assert {parameter.dtype for parameter in trainables(moved).values()} <= wide
     assert torch.isfinite(loss_of(moved))
 
 

@@ -77,6 +77,11 @@ class Schedule(nn.Module):
         self.applied: frozenset[str] | None = None
         self.seen: dict[str, Any] = {}
 
+    @property
+    def taken(self) -> int:
+        """:attr:`steps` as a number; 0 where it has no data (estimates)."""
+        return 0 if self.steps.is_meta else int(self.steps)
+
     def chosen(self, run: Run) -> Iterable[str]:
         """The names of the parameters that train at this point: a function of the buffers."""
         raise NotImplementedError(f"{type(self).__name__} must define chosen(run)")
@@ -147,7 +152,7 @@ def _check_followed(schedule: Schedule, run: Run) -> None:
     if first is None:
         return
     now = (id(first), first._version)
-    before, steps = schedule.seen.get("version"), (int(schedule.steps), schedule.steps._version)
+    before, steps = schedule.seen.get("version"), (schedule.taken, schedule.steps._version)
     changed = before is not None and before[0] == now[0] and before[1] != now[1]
     alone = schedule.seen.get("alone", 0) + 1 if changed and schedule.seen.get("steps") == steps else 0
     schedule.seen["alone"] = alone

@@ -32,7 +32,7 @@ class Draws(Schedule):
 
     def number(self) -> int:
         """The number of the draw that is in force."""
-        return int(self.steps) // self.every if self.every else 0
+        return self.taken // self.every if self.every else 0
 
     def drawn(self) -> list[str]:
         """Names of the units that train now."""
