@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from families import FAMILIES, WITH_BIASES
+from families import FAMILIES, WITH_BIASES, text_batch
 from torch import Tensor, nn
 
 import inlay
@@ -31,6 +31,7 @@ class Row:
         dropout: its forward in training mode draws random numbers.
         whole: it trains tensors of the base itself, in the base's dtype.
         model: options of the Llama it is tried on, where the usual one has nothing for it.
+        data: it chooses by calibration batches.
         families: the families it can be tried on; None for all.
     """
 
@@ -43,6 +44,7 @@ class Row:
     dropout: bool = False
     whole: bool = False
     model: Mapping[str, Any] = field(default_factory=dict)
+    data: bool = False
     families: tuple[str, ...] | None = None
 
     def __str__(self) -> str:
@@ -80,6 +82,11 @@ ROWS = (
     Row("lora-fp4", _lora(), base="fp4"),
     Row("lora-int8", _lora(), base="int8"),
     Row("loftq", _lora(init="loftq", loftq_iterations=2), base="nf4", keeps_base=False, exports=False),
+    Row("paca", lambda **more: inlay.PaCA(**({"r": 6, "paca_alpha": 12} | more))),
+    Row("paca-nf4", lambda **more: inlay.PaCA(**({"r": 6} | more)), base="nf4"),
+    Row("neft", lambda **more: inlay.NeFT(**({"ratio": 0.2, "probe_steps": 4} | more)), data=True),
+    Row("spafit", lambda **more: inlay.SPAFIT(**({"r": 4, "strata": (0.0, 0.5)} | more)), exports=False, model=BIASES),
+    Row("surgical", _whole(inlay.Surgical, layers=1), whole=True, exports=False, data=True),
     Row("full", _whole(inlay.Full), whole=True, exports=False),
     Row("full-fp32", _whole(inlay.Full, rounding="fp32"), exports=False),
     Row("bitfit", _whole(inlay.BitFit), exports=False, model=BIASES, families=BIASED),
@@ -92,6 +99,11 @@ ROWS = (
     Row("hft", _whole(inlay.HFT, redraw_every=2), whole=True, exports=False),
 )
 BY_NAME = {row.name: row for row in ROWS}
+
+
+def data_for(row: Row, batch: Callable[[int], Mapping[str, Any]] = text_batch) -> list[Mapping[str, Any]] | None:
+    """The calibration batches that a row chooses by, None if it does not."""
+    return [batch(900 + seed) for seed in range(3)] if row.data else None
 
 
 def families_of(row: Row) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from comparing import assert_close, assert_equal, assert_series
 from families import llama, text_batch
-from methods import BY_NAME, ROWS, families_of, trainables
+from methods import BY_NAME, ROWS, data_for, families_of, trainables
 from torch import nn
 
 import inlay
@@ -48,7 +48,7 @@ class Eager:
 def run(row, family, tolerance=2e-5):
     eager = family.build()
     before = {name: p.detach().clone() for name, p in eager.named_parameters()}
-    tuned = inlay.tune(copy.deepcopy(eager), row.make()).train()
+    tuned = inlay.tune(copy.deepcopy(eager), row.make(), calibration=data_for(row, family.batch)).train()
     oracle = Eager(eager)
     optimizer = inlay.optim.AdamW(trainables(tuned).values(), **ADAMW)
     ours, wanted, ever = [], [], set()
@@ -89,8 +89,8 @@ def test_rounding_of_bf16_weights_follows_fp32(row):
     if not row.whole:
         pytest.skip("held in fp32 anyway")
     models = [llama(num_hidden_layers=3).to(torch.bfloat16) for _ in range(2)]
-    kept = inlay.tune(models[0], row.make()).train()
-    wide = inlay.tune(models[1], row.make(rounding="fp32")).train()
+    kept = inlay.tune(models[0], row.make(), calibration=data_for(row)).train()
+    wide = inlay.tune(models[1], row.make(rounding="fp32"), calibration=data_for(row)).train()
     for model in (kept, wide):
         optimizer = inlay.optim.AdamW(trainables(model).values(), lr=1e-3, rounding="residual")
         for seed in range(4):

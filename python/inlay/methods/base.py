@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
@@ -149,6 +150,15 @@ class Method:
     def quantize(self, model: nn.Module, config: BaseConfig, pieces: Mapping[str, Any]) -> None:
         """Quantize the linears of ``model`` that ``config`` names, before ``pieces`` are put on them."""
         quantize_linears(model, config)
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], where: Path) -> Method:
+        """The method of an ``adapter_config.json`` of this ``peft_type`` that PEFT wrote.
+
+        Raises:
+            ValueError: PEFT's files of this kind cannot be read, or this one uses an option that is not here.
+        """
+        raise ValueError(f"{where}: wanted an adapter saved by inlay, got one without its 'inlay' section")
 
     def peft_fields(self, targets: Sequence[str]) -> dict[str, Any]:
         """The options as PEFT's config of this ``peft_type`` stores them; ``targets``: the tuned modules' names."""

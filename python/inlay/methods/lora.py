@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from ..sites import LinearSite
 from ..targets import resolve
 from .base import Calibration, Method, Plan, check_one_of, register
 from .loftq import loftq
+from .lora_from_peft import options_of_peft
 
 
 @register
@@ -93,6 +95,13 @@ class LoRA(Method):
             return quantized
 
         quantize_linears(model, config, make)
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], where: Path) -> LoRA:
+        try:
+            return cls(**options_of_peft(config, where))
+        except TypeError as error:
+            raise ValueError(f"{where}: {error}") from None
 
     def peft_fields(self, targets: Sequence[str]) -> dict[str, Any]:
         ours = ("init", "loftq_iterations", "seed")

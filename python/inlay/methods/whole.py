@@ -76,7 +76,7 @@ class TrainsWhole(Method):
         if self.exclude_modules is not None:
             excluded = [self.exclude_modules] if isinstance(self.exclude_modules, str) else self.exclude_modules
             keys = [key for key in keys if not _named(key, _each_names(excluded, keys, "exclude_modules"))]
-        return _in_layers(model, keys, self.layers_to_transform)
+        return in_layers(model, keys, self.layers_to_transform)
 
 
 def _all_keys(model: nn.Module) -> list[str]:
@@ -112,7 +112,7 @@ def _each_names(entries: Sequence[str], keys: Sequence[str], option: str) -> Seq
     return entries
 
 
-def _in_layers(model: nn.Module, keys: list[str], layers: int | Sequence[int] | None) -> list[str]:
+def in_layers(model: nn.Module, keys: list[str], layers: int | Sequence[int] | None) -> list[str]:
     """The keys in the blocks of these numbers; all for None."""
     if layers is None:
         return keys
