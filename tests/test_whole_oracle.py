@@ -21,7 +21,8 @@ from inlay.sites import block_of, blocks_of
 STEPS = 6
 #: eps above the rounding of gradients that should be zero, of which Adam would make full steps (biases of keys).
 ADAMW = {"lr": 2e-2, "weight_decay": 0.1, "eps": 1e-2}
-WHOLE = [row for row in ROWS if not row.make().pieces and row.base is None]
+SCALED = ("cofitune",)  # whose gradients are not full fine-tuning's: see below
+WHOLE = [row for row in ROWS if not row.make().pieces and row.base is None and row.name not in SCALED]
 PAIRS = [(row, families.BY_NAME[name]) for row in WHOLE for name in families_of(row)]
 
 

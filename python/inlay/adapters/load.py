@@ -93,6 +93,7 @@ def load_onto(
         marks=marks,
         base=base,
         whole=specs,
+        schedule=method.schedule(model),
         fused_blocks=fused_blocks,
         fused_loss=fused_loss,
     )
@@ -162,6 +163,9 @@ def put_schedule(model: nn.Module, name: str, points: dict[str, Tensor], where: 
         raise ValueError(
             f"{where}: wanted the state {sorted(wanted)} of a schedule, got {sorted(points)}; the file is incomplete"
         )
+    for key, value in points.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"{where}: {SCHEDULE}.{key} holds NaN or infinity; the file is corrupt: save it again")
     if schedule is not None:
         schedule.load_state_dict(points)
 

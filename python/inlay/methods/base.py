@@ -30,10 +30,12 @@ class Plan:
     Attributes:
         pieces: what builds the piece on each linear or other module.
         whole: how each tensor that trains whole is held, by state-dict key.
+        schedule: what changes between optimizer steps; None if nothing does.
     """
 
     pieces: dict[Site, Builder] = field(default_factory=dict)
     whole: dict[str, Whole] = field(default_factory=dict)
+    schedule: Schedule | None = None
 
 
 #: Methods by the name an adapter file stores.
@@ -110,7 +112,7 @@ class Method:
         return Whole()
 
     def schedule(self, model: nn.Module) -> Schedule | None:
-        """What changes between optimizer steps; None if nothing does. ``model`` is tuned by this method already."""
+        """The schedule of a plan, without what it read from data: an adapter file holds that."""
         return None
 
     def restore(self, module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Piece:

@@ -82,3 +82,13 @@ def _from_config(config: Any, keys: tuple[str, ...]) -> int | None:
         return width
     hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
     return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
+
+
+def is_attention(model: nn.Module, name: str) -> bool:
+    """Whether the linear ``name`` is in an attention module, by the names and classes of what it is in."""
+    parts = name.split(".")
+    for depth in range(1, len(parts)):
+        path = ".".join(parts[:depth])
+        if _ATTENTION.search(parts[depth - 1]) or _ATTENTION.search(type(model.get_submodule(path)).__name__):
+            return not isinstance(model.get_submodule(path), nn.ModuleList)
+    return False
