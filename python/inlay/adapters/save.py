@@ -60,7 +60,7 @@ def save_adapter(
     tuned = [path for path, module in tuned_linears(model).items() if name in module.deltas]
     config = {
         **peft_keys(model),
-        **method.peft_fields(tuned),
+        **method.peft_fields(pieces_of(model, name)),
         "peft_type": method.peft_type,
         "modules_to_save": peft_modules(model, method),
         **(peft_targets(model, tuned) | tied_option(model, name) if method.peft_type == "LORA" else {}),
@@ -86,11 +86,10 @@ def collect(
     """The adapter's tensors by adapter-file key, and by state-dict key; gathered where they are sharded."""
     tensors, resume = {}, {}
     for path, piece in pieces_of(model, name).items():
-        for key, tensor in piece.tensors().items():
-            full = f"{path}.deltas.{name}.{piece.stored[key]}"
-            value = whole((state_dict or {}).get(full, tensor))
-            tensors[f"{KEY_PREFIX}{path}.{key}"] = value
-            resume[full] = value
+        for key, attribute in piece.stored.items():
+            full = f"{path}.deltas.{name}.{attribute}"
+            resume[full] = whole((state_dict or {}).get(full, getattr(piece, attribute).detach()))
+            tensors[f"{KEY_PREFIX}{path}.{key}"] = piece.to_file(key, resume[full])
     for key, value in in_file(model, name, state_dict).items():
         tensors[f"{KEY_PREFIX}{key}"] = resume[key] = value
     for key, value in schedule_tensors(model, name).items():
@@ -182,7 +181,7 @@ def _holding(delta: Piece, path: str, tensors: dict[str, Tensor]) -> Piece:
         if value is None:  # exported under other names
             return delta
         kind = "_buffers" if attribute in delta._buffers else "_parameters"
-        held.__dict__[kind] = {**held.__dict__[kind], attribute: value}
+        held.__dict__[kind] = {**held.__dict__[kind], attribute: delta.from_file(key, value)}
     return held
 
 

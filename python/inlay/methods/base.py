@@ -150,8 +150,8 @@ class Method:
         """Quantize the linears of ``model`` that ``config`` names, before ``pieces`` are put on them."""
         quantize_linears(model, config)
 
-    def peft_fields(self, targets: Sequence[str]) -> dict[str, Any]:
-        """The options as PEFT's config of this ``peft_type`` stores them; ``targets``: the tuned modules' names."""
+    def peft_fields(self, pieces: Mapping[str, Any]) -> dict[str, Any]:
+        """The options as PEFT's config of this ``peft_type`` stores them; ``pieces``: those of the tuned modules."""
         return self.to_dict()
 
     @classmethod

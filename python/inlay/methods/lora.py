@@ -94,10 +94,10 @@ class LoRA(Method):
 
         quantize_linears(model, config, make)
 
-    def peft_fields(self, targets: Sequence[str]) -> dict[str, Any]:
+    def peft_fields(self, pieces: Mapping[str, Any]) -> dict[str, Any]:
         ours = ("init", "loftq_iterations", "seed")
         fields = {key: value for key, value in self.to_dict().items() if key not in ours}
-        return {**fields, "target_modules": sorted(targets), "exclude_modules": None, "layers_to_transform": None}
+        return {**fields, "target_modules": sorted(pieces), "exclude_modules": None, "layers_to_transform": None}
 
     @classmethod
     def combine(
