@@ -57,7 +57,7 @@ def _lora(**options: Any) -> Callable[..., Method]:
     return lambda **more: inlay.LoRA(**({"r": 4, "lora_alpha": 8} | options | more))
 
 
-def _whole(method: type[Method], **options: Any) -> Callable[..., Method]:
+def _with(method: type[Method], **options: Any) -> Callable[..., Method]:
     return lambda **more: method(**(options | more))
 
 
@@ -80,16 +80,26 @@ ROWS = (
     Row("lora-fp4", _lora(), base="fp4"),
     Row("lora-int8", _lora(), base="int8"),
     Row("loftq", _lora(init="loftq", loftq_iterations=2), base="nf4", keeps_base=False, exports=False),
-    Row("full", _whole(inlay.Full), whole=True, exports=False),
-    Row("full-fp32", _whole(inlay.Full, rounding="fp32"), exports=False),
-    Row("bitfit", _whole(inlay.BitFit), exports=False, model=BIASES, families=BIASED),
-    Row("bitfit-nf4", _whole(inlay.BitFit), base="nf4", exports=False, model=BIASES, families=BIASED),
-    Row("ln-tuning", _whole(inlay.LNTuning), exports=False),
-    Row("freeze-layers", _whole(inlay.FreezeLayers, layers=1), whole=True, exports=False),
-    Row("telly", _whole(inlay.Telly, frozen_layers=1), whole=True, exports=False),
-    Row("lisa", _whole(inlay.LISA, layers=1, every=1), whole=True, exports=False),
-    Row("lisa-blocks", _whole(inlay.LISA, layers=1, every=2, embeddings=False), whole=True, exports=False),
-    Row("hft", _whole(inlay.HFT, redraw_every=2), whole=True, exports=False),
+    Row("full", _with(inlay.Full), whole=True, exports=False),
+    Row("full-fp32", _with(inlay.Full, rounding="fp32"), exports=False),
+    Row("bitfit", _with(inlay.BitFit), exports=False, model=BIASES, families=BIASED),
+    Row("bitfit-nf4", _with(inlay.BitFit), base="nf4", exports=False, model=BIASES, families=BIASED),
+    Row("ln-tuning", _with(inlay.LNTuning), exports=False),
+    Row("freeze-layers", _with(inlay.FreezeLayers, layers=1), whole=True, exports=False),
+    Row("telly", _with(inlay.Telly, frozen_layers=1), whole=True, exports=False),
+    Row("lisa", _with(inlay.LISA, layers=1, every=1), whole=True, exports=False),
+    Row("lisa-blocks", _with(inlay.LISA, layers=1, every=2, embeddings=False), whole=True, exports=False),
+    Row("hft", _with(inlay.HFT, redraw_every=2), whole=True, exports=False),
+    Row("ssf", _with(inlay.SSF), exports=False),
+    Row("ssf-nf4", _with(inlay.SSF), base="nf4", exports=False),
+    Row(
+        "ssf-shift",
+        _with(inlay.SSF, shift=True),
+        base="int8",
+        exports=False,
+        model=BIASES,
+        families=("gpt2", "opt", "bert", "vit"),
+    ),
 )
 BY_NAME = {row.name: row for row in ROWS}
 

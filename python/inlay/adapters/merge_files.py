@@ -17,7 +17,7 @@ from ..fingerprint import distance, mark, warn_if_off
 from ..methods import Method
 from ..nn.probe import shallow
 from .files import CONFIG_NAME, WEIGHTS_NAME, read_json, read_tensors
-from .load import check_sample, group_by_module, method_of
+from .load import check_modules, check_sample, group_by_module, method_of
 from .originals import checkpoint_files, stored_key, stored_name
 from .whole_files import take_whole
 
@@ -49,7 +49,9 @@ def merge_files(base: str | Path, adapter: str | Path, output: str | Path) -> No
     modules = _modules(base)
     tensors = read_tensors(adapter / WEIGHTS_NAME)
     whole = _whole_by_stored_name(take_whole(tensors, config, method), base, files, modules)
-    changes = _by_stored_name(tensors, adapter, base, files, modules)
+    grouped = group_by_module(tensors, adapter)
+    check_modules(grouped, config, adapter)
+    changes = _by_stored_name(grouped, base, files, modules)
     ours = config.get("inlay") or {}
     sample, marks = ours.get("base_sample") or {}, (ours.get("fingerprint") or {}).get("marks", {})
     off: dict[str, float] = {}
@@ -100,12 +102,12 @@ class _Change:
 
 
 def _by_stored_name(
-    tensors: dict[str, Tensor], adapter: Path, base: Path, files: dict[str, Path], modules: dict[str, nn.Module]
+    grouped: dict[str, dict[str, Tensor]], base: Path, files: dict[str, Path], modules: dict[str, nn.Module]
 ) -> dict[str, _Change]:
     """What the adapter changes, by each of the checkpoint's keys that it concerns."""
     prefix: Any = getattr(modules[""], "base_model_prefix", "")
-    found = {}
-    for path, held in group_by_module(tensors, adapter).items():
+    found: dict[str, _Change] = {}
+    for path, held in grouped.items():
         key = stored_name(path, prefix, files)
         if key is None or path not in modules:
             raise ValueError(f"the adapter tunes {path!r}, which {base} lacks; merge into the base it was trained on")

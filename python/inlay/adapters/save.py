@@ -57,10 +57,11 @@ def save_adapter(
         return  # this process was needed to gather
     check_worth_saving(model, name, tensors, checkpoint=Path(directory).name.startswith("checkpoint-"))
     method = state.methods[name]
-    tuned = [path for path, module in tuned_linears(model).items() if name in module.deltas]
+    pieces = pieces_of(model, name)
+    tuned = [path for path in pieces if path in tuned_linears(model)]
     config = {
         **peft_keys(model),
-        **method.peft_fields(pieces_of(model, name)),
+        **method.peft_fields(pieces),
         "peft_type": method.peft_type,
         "modules_to_save": peft_modules(model, method),
         **(peft_targets(model, tuned) | tied_option(model, name) if method.peft_type == "LORA" else {}),
@@ -69,6 +70,7 @@ def save_adapter(
             "base_sample": state.base_sample,
             "fingerprint": state.fingerprint,
             "format": FORMAT_VERSION if len(resume) > deltas_in(resume) else DELTAS_ONLY,
+            "modules": sorted(pieces),
             "options": method.stored_options(),
             "unfrozen": sorted(unfrozen(model)),
             "version": __version__,
