@@ -74,6 +74,8 @@ def norm_offset(module: nn.Module) -> float | None:
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not takes_only(module, ()):
         return None
+    if module._buffers:  # statistics, which a run would change
+        return None
     random, width = generator(), weight.shape[0]
     held, scale, x = (torch.randn(*shape, generator=random) for shape in ((2, width), (width,), (2, 3, width)))
     own = {"weight": held[0]} if bias is None else {"weight": held[0], "bias": held[1]}
