@@ -90,6 +90,8 @@ ROWS = (
     Row("lisa", _with(inlay.LISA, layers=1, every=1), whole=True, exports=False),
     Row("lisa-blocks", _with(inlay.LISA, layers=1, every=2, embeddings=False), whole=True, exports=False),
     Row("hft", _with(inlay.HFT, redraw_every=2), whole=True, exports=False),
+    Row("ia3", _with(inlay.IA3), exports=False),
+    Row("ia3-nf4", _with(inlay.IA3), base="nf4", exports=False),
     Row("ssf", _with(inlay.SSF), exports=False),
     Row("ssf-nf4", _with(inlay.SSF), base="nf4", exports=False),
     Row(

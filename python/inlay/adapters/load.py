@@ -13,13 +13,12 @@ from ..bases import BaseConfig
 from ..fingerprint import fingerprint
 from ..install import DEFAULT_ADAPTER, adopt_bitsandbytes, check_base_fits, check_sites, install
 from ..methods import METHODS, Method, stored_keys
-from ..methods.lora import LoRA
 from ..nn.tuned_linear import TunedLinear
 from ..nn.whole import check_whole, train_whole, whole_tensors
 from ..schedules import SCHEDULES
 from ..state import require_state, sample_of, sample_weights, state_of, tuned_modules
 from .files import CONFIG_NAME, FORMAT_VERSION, KEY_PREFIX, SCHEDULE, WEIGHTS_NAME, read_json, read_tensors
-from .from_peft import lora_of_peft
+from .from_peft import READERS
 from .whole_files import (
     check_complete,
     check_fingerprint,
@@ -187,8 +186,8 @@ def method_of(config: dict[str, Any], where: Path) -> Method:
     kind, ours = config.get("peft_type"), config.get("inlay")
     if kind not in METHODS:
         raise ValueError(f"{where}: wanted an adapter of {sorted(METHODS)}, got peft_type={kind!r}")
-    if ours is None and kind == LoRA.peft_type and "inlay" not in config:
-        return lora_of_peft(config, where)
+    if kind in READERS and "inlay" not in config:
+        return READERS[kind](config, where)
     if not isinstance(ours, dict) or "options" not in ours:
         raise ValueError(f"{where}: wanted an adapter saved by inlay, got one without its 'inlay' section")
     if not isinstance(ours.get("format"), int) or not isinstance(ours["options"], dict):
