@@ -61,9 +61,16 @@ def _with(method: type[Method], **options: Any) -> Callable[..., Method]:
     return lambda **more: method(**(options | more))
 
 
+def _lofit() -> Callable[..., Method]:
+    return _with(inlay.LoFiT, heads=0.5, strategy="random")
+
+
 #: A Llama with biases, and the families that have some.
 BIASES = {"attention_bias": True, "mlp_bias": True}
 BIASED = ("qwen2", "gpt2", "opt", "bert", "vit", *(family.name for family in WITH_BIASES))
+
+#: Families whose attention outputs have one.
+OUTPUT_BIASED = ("gpt2", "opt", "bert", "vit", *(family.name for family in WITH_BIASES))
 
 ROWS = (
     Row("s2ft", _s2ft()),
@@ -92,6 +99,9 @@ ROWS = (
     Row("hft", _with(inlay.HFT, redraw_every=2), whole=True, exports=False),
     Row("ia3", _with(inlay.IA3), exports=False),
     Row("ia3-nf4", _with(inlay.IA3), base="nf4", exports=False),
+    Row("lofit", _lofit(), exports=False, model=BIASES, families=OUTPUT_BIASED),
+    Row("lofit-int8", _lofit(), base="int8", exports=False, model=BIASES, families=OUTPUT_BIASED),
+    Row("lofit-gates", _with(inlay.LoFiT, stage="gates"), exports=False),
     Row("ssf", _with(inlay.SSF), exports=False),
     Row("ssf-nf4", _with(inlay.SSF), base="nf4", exports=False),
     Row(
