@@ -59,13 +59,20 @@ def _lora(**options: Any) -> Callable[..., Method]:
     return lambda **more: inlay.LoRA(**({"r": 4, "lora_alpha": 8} | options | more))
 
 
-def _whole(method: type[Method], **options: Any) -> Callable[..., Method]:
+def _with(method: type[Method], **options: Any) -> Callable[..., Method]:
     return lambda **more: method(**(options | more))
+
+
+def _lofit() -> Callable[..., Method]:
+    return _with(inlay.LoFiT, heads=0.5, strategy="random")
 
 
 #: A Llama with biases, and the families that have some.
 BIASES = {"attention_bias": True, "mlp_bias": True}
 BIASED = ("qwen2", "gpt2", "opt", "bert", "vit", *(family.name for family in WITH_BIASES))
+
+#: Families whose attention outputs have one.
+OUTPUT_BIASED = ("gpt2", "opt", "bert", "vit", *(family.name for family in WITH_BIASES))
 
 ROWS = (
     Row("s2ft", _s2ft()),
@@ -86,26 +93,41 @@ ROWS = (
     Row("paca-nf4", lambda **more: inlay.PaCA(**({"r": 6} | more)), base="nf4"),
     Row("neft", lambda **more: inlay.NeFT(**({"ratio": 0.2, "probe_steps": 4} | more)), data=True),
     Row("spafit", lambda **more: inlay.SPAFIT(**({"r": 4, "strata": (0.0, 0.5)} | more)), exports=False, model=BIASES),
-    Row("surgical", _whole(inlay.Surgical, layers=1), whole=True, exports=False, data=True),
-    Row("full", _whole(inlay.Full), whole=True, exports=False),
-    Row("full-fp32", _whole(inlay.Full, rounding="fp32"), exports=False),
-    Row("bitfit", _whole(inlay.BitFit), exports=False, model=BIASES, families=BIASED),
-    Row("bitfit-nf4", _whole(inlay.BitFit), base="nf4", exports=False, model=BIASES, families=BIASED),
-    Row("ln-tuning", _whole(inlay.LNTuning), exports=False),
-    Row("freeze-layers", _whole(inlay.FreezeLayers, layers=1), whole=True, exports=False),
-    Row("telly", _whole(inlay.Telly, frozen_layers=1), whole=True, exports=False),
-    Row("lisa", _whole(inlay.LISA, layers=1, every=1), whole=True, exports=False),
-    Row("lisa-blocks", _whole(inlay.LISA, layers=1, every=2, embeddings=False), whole=True, exports=False),
-    Row("green-trainer", _whole(inlay.GreenTrainer, rho=0.6, every=3, cost="flops"), whole=True, exports=False),
+    Row("surgical", _with(inlay.Surgical, layers=1), whole=True, exports=False, data=True),
+    Row("full", _with(inlay.Full), whole=True, exports=False),
+    Row("full-fp32", _with(inlay.Full, rounding="fp32"), exports=False),
+    Row("bitfit", _with(inlay.BitFit), exports=False, model=BIASES, families=BIASED),
+    Row("bitfit-nf4", _with(inlay.BitFit), base="nf4", exports=False, model=BIASES, families=BIASED),
+    Row("ln-tuning", _with(inlay.LNTuning), exports=False),
+    Row("freeze-layers", _with(inlay.FreezeLayers, layers=1), whole=True, exports=False),
+    Row("telly", _with(inlay.Telly, frozen_layers=1), whole=True, exports=False),
+    Row("lisa", _with(inlay.LISA, layers=1, every=1), whole=True, exports=False),
+    Row("lisa-blocks", _with(inlay.LISA, layers=1, every=2, embeddings=False), whole=True, exports=False),
+    Row("green-trainer", _with(inlay.GreenTrainer, rho=0.6, every=3, cost="flops"), whole=True, exports=False),
     Row(
         "subtuning",
-        _whole(inlay.SubTuning, layers=1, probe_steps=3),
+        _with(inlay.SubTuning, layers=1, probe_steps=3),
         whole=True,
         exports=False,
         data=True,
     ),
-    Row("cofitune", _whole(inlay.CoFiTune, depth=(0.5, 1.0), modules="both"), whole=True, exports=False, data=True),
-    Row("hft", _whole(inlay.HFT, redraw_every=2), whole=True, exports=False),
+    Row("cofitune", _with(inlay.CoFiTune, depth=(0.5, 1.0), modules="both"), whole=True, exports=False, data=True),
+    Row("hft", _with(inlay.HFT, redraw_every=2), whole=True, exports=False),
+    Row("ia3", _with(inlay.IA3), exports=False),
+    Row("ia3-nf4", _with(inlay.IA3), base="nf4", exports=False),
+    Row("lofit", _lofit(), exports=False, model=BIASES, families=OUTPUT_BIASED),
+    Row("lofit-int8", _lofit(), base="int8", exports=False, model=BIASES, families=OUTPUT_BIASED),
+    Row("lofit-gates", _with(inlay.LoFiT, stage="gates"), exports=False),
+    Row("ssf", _with(inlay.SSF), exports=False),
+    Row("ssf-nf4", _with(inlay.SSF), base="nf4", exports=False),
+    Row(
+        "ssf-shift",
+        _with(inlay.SSF, shift=True),
+        base="int8",
+        exports=False,
+        model=BIASES,
+        families=("gpt2", "opt", "bert", "vit"),
+    ),
 )
 BY_NAME = {row.name: row for row in ROWS}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 
@@ -46,14 +46,19 @@ def resolve(
     defaults: Sequence[str] = INPUT_SIDE_ROLES,
     exclude_modules: str | Sequence[str] | None = None,
     layers_to_transform: int | Sequence[int] | None = None,
+    also: Collection[str] = (),
 ) -> list[str]:
     """Names of the linears that ``target_modules`` means, in module order.
+
+    ``also``: names of other modules that may be meant as well, and belong to "all-linear".
 
     Raises:
         ValueError: an explicit target matches no linear; or no default does; or an exclusion or a layer means none; or
             they leave none.
     """
     candidates = linears(model)
+    if also:
+        candidates = {name: m for name, m in model.named_modules() if name in candidates or name in also}
     if target_modules is None:
         names = [name for name, role in roles(model).items() if role in defaults]
         wanted = f"the defaults {tuple(defaults)}"
@@ -64,7 +69,7 @@ def resolve(
             )
     elif target_modules == "all-linear":
         heads = output_head_names(model)
-        names = [name for name, module in candidates.items() if name not in heads and computes_linear(module)]
+        names = [name for name, m in candidates.items() if name not in heads and (name in also or computes_linear(m))]
         wanted = '"all-linear"'
     elif isinstance(target_modules, str):
         names = [name for name in candidates if _matches(target_modules, name)]

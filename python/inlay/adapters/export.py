@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..bases.linear import is_conv1d
+from ..bases.quantized import QuantizedWeight
+from ..nn.tuned_linear import TunedLinear
 from ..pieces.linear import LinearPiece
 from ..state import pieces_of, require_state, tuned_linears
 from .files import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME, peft_keys, read_json, write_files
@@ -58,7 +61,7 @@ def export(model: nn.Module, directory: str | Path, *, format: str = "peft-lora"
         raise ValueError(f"adapter {name!r} has no delta on a linear, which is all that a LoRA can hold; merge instead")
     if format == "peft-lora":
         check_accepted(model, list(linears))
-    factors = {path: exact_factors(path, module.deltas[name]) for path, module in linears.items()}
+    factors = {path: exact_factors(path, module, module.deltas[name]) for path, module in linears.items()}
     rank = max(a.shape[0] for a, _ in factors.values())
     if format == "vllm-lora":
         rank = vllm_rank(model, linears, rank)
@@ -112,12 +115,17 @@ def vllm_rank(model: nn.Module, linears: Mapping[str, nn.Module], rank: int) -> 
     return next(r for r in VLLM_RANKS if r >= rank)
 
 
-def exact_factors(path: str, delta: nn.Module) -> tuple[Tensor, Tensor]:
-    """``(A, B)`` of a delta, or ValueError saying that it has none."""
-    factors = delta.lora_factors() if isinstance(delta, LinearPiece) else None
+def exact_factors(path: str, module: TunedLinear, delta: nn.Module) -> tuple[Tensor, Tensor]:
+    """``(A, B)`` of a delta on ``module``, or ValueError saying that it has none."""
+    factors = delta.lora_factors(partial(_dense_weight, module)) if isinstance(delta, LinearPiece) else None
     if factors is None:
         raise ValueError(f"{path}: a {type(delta).__name__} is no exact LoRA; merge it instead")
     return factors
+
+
+def _dense_weight(module: TunedLinear) -> Tensor:
+    weight = module.dense_base(torch.float32) if isinstance(module, QuantizedWeight) else module.weight_view
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def lora_config(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def load_onto(
     specs = specs_of(model, method, whole, ours.get("unfrozen") or ())
     check_whole(model, name, specs)
     check_complete(model, method, whole, config, directory)
+    check_modules(grouped, config, directory)
     check_ties(model, config, whole)
     if check_base:
         _check_base(model, ours.get("base_sample") or {})
@@ -213,6 +215,13 @@ def group_by_module(tensors: dict[str, Tensor], where: Path) -> dict[str, dict[s
             raise ValueError(f"{where}: wanted keys like {KEY_PREFIX}<module>.<one of {known}>, got {key!r}")
         grouped.setdefault(key[len(KEY_PREFIX) : -len(leaf) - 1], {})[leaf] = tensor
     return grouped
+
+
+def check_modules(grouped: Mapping[str, Any], config: Mapping[str, Any], where: Path) -> None:
+    """ValueError if the file lacks all tensors of a module that the adapter tunes."""
+    missing = sorted(set((config.get("inlay") or {}).get("modules") or ()) - set(grouped))
+    if missing:
+        raise ValueError(f"{where}: wanted tensors of {missing[0]}, which the adapter tunes; the file is incomplete")
 
 
 def _check_base(model: nn.Module, sample: dict[str, list[float]]) -> None:

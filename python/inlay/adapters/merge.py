@@ -44,7 +44,8 @@ def merge(
 
     Raises:
         TypeError: the model is not tuned.
-        ValueError: ``originals`` are not this model's, or cannot take this adapter.
+        ValueError: ``originals`` are not this model's, or cannot take this adapter; or no weights compute what an
+            active piece does.
     """
     state = require_state(model, "merge")
     packed = [name for name, module in model.named_modules() if isinstance(module, QuantizedWeight)]
@@ -58,6 +59,7 @@ def merge(
     if in_place and source is not None:
         for name in packed:
             source.weight(name, model.get_submodule(name))  # raises before anything changes
+    check_merge(model)
     before = _logits(model, inputs)
     plain = model if in_place else copy.deepcopy(model)
     settle_whole(plain)
@@ -82,6 +84,16 @@ def merge(
     elif difference is not None:
         print(f"inlay: merged; max |Δlogit| {difference:.3e}")
     return plain
+
+
+def check_merge(model: nn.Module) -> None:
+    """ValueError if an active piece cannot be merged into its module; nothing has changed then."""
+    for name, module in tuned_modules(model).items():
+        for piece in module.active_deltas():
+            try:
+                piece.check_merge(getattr(module, "bias", None))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
 
 
 def _dense(module: nn.Module, onto: Tensor | None) -> nn.Module:

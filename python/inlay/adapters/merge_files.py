@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..bases.linear import is_conv1d, out_in_view
-from ..bases.quantized import dense_linear
+from ..bases.linear import is_conv1d
 from ..fingerprint import distance, mark, warn_if_off
 from ..methods import Method
+from ..nn.probe import shallow
 from .files import CONFIG_NAME, WEIGHTS_NAME, read_json, read_tensors
-from .load import check_sample, group_by_module, method_of
+from .load import check_modules, check_sample, group_by_module, method_of
 from .originals import checkpoint_files, stored_key, stored_name
 from .whole_files import take_whole
 
@@ -45,10 +46,12 @@ def merge_files(base: str | Path, adapter: str | Path, output: str | Path) -> No
             f"{method.needs_base} moved a part of the base into the adapter: use inlay.load and inlay.merge"
         )
     files = checkpoint_files(base)
-    linears = _linears(base)
+    modules = _modules(base)
     tensors = read_tensors(adapter / WEIGHTS_NAME)
-    whole = _whole_by_stored_name(take_whole(tensors, config, method), base, files, linears)
-    changes = _by_stored_name(tensors, adapter, base, files, linears)
+    whole = _whole_by_stored_name(take_whole(tensors, config, method), base, files, modules)
+    grouped = group_by_module(tensors, adapter)
+    check_modules(grouped, config, adapter)
+    changes = _by_stored_name(grouped, base, files, modules)
     ours = config.get("inlay") or {}
     sample, marks = ours.get("base_sample") or {}, (ours.get("fingerprint") or {}).get("marks", {})
     off: dict[str, float] = {}
@@ -56,21 +59,25 @@ def merge_files(base: str | Path, adapter: str | Path, output: str | Path) -> No
     for file in sorted(set(files.values())):
         with safe_open(str(file), framework="pt") as shard:
             tensors, metadata = {key: shard.get_tensor(key) for key in shard.keys()}, shard.metadata()  # noqa: SIM118
-        for key in changes.keys() & tensors.keys():
-            path, held = changes[key]
-            check_sample(path, sample.get(path), tensors[key])
-            if (noted := marks.get(f"{path}.weight")) and (value := distance(noted, mark(tensors[key]))) is not None:
-                off[f"{path}.weight"] = value
-            tensors[key] = _merged(tensors[key], linears[path], method, held, path)
+        for change in {id(change): change for key, change in changes.items() if key in tensors}.values():
+            own = {name: tensors[key] if key in tensors else _read(files, key) for name, key in change.keys.items()}
+            path = change.path
+            if change.keys["weight"] in tensors:
+                check_sample(path, sample.get(path), own["weight"])
+                noted = marks.get(f"{path}.weight")
+                if noted and (value := distance(noted, mark(own["weight"]))) is not None:
+                    off[f"{path}.weight"] = value
+            merged = _merged(own, modules[path], method, change)
+            tensors |= {key: merged[name] for name, key in change.keys.items() if key in tensors}
         for key in whole.keys() & tensors.keys():
             tensors[key] = _replaced(tensors[key], whole[key], key)
         save_file(tensors, str(output / file.name), metadata=metadata or {"format": "pt"})
     _copy_the_rest(base, output, {file.name for file in files.values()})
-    warn_if_off(off, linears, (ours.get("fingerprint") or {}).get("stored", "dense"), "dense", what=str(base))
+    warn_if_off(off, modules, (ours.get("fingerprint") or {}).get("stored", "dense"), "dense", what=str(base))
 
 
-def _linears(base: Path) -> dict[str, nn.Module]:
-    """The linears of the checkpoint's model by name, without weights."""
+def _modules(base: Path) -> dict[str, nn.Module]:
+    """The modules of the checkpoint's model by name, without weights."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(base)
@@ -85,25 +92,41 @@ def _linears(base: Path) -> dict[str, nn.Module]:
     return named
 
 
+@dataclass(frozen=True)
+class _Change:
+    """An adapter's ``tensors`` of the module ``path``, and the checkpoint's keys of that module's weight and bias."""
+
+    path: str
+    tensors: dict[str, Tensor]
+    keys: dict[str, str]
+
+
 def _by_stored_name(
-    tensors: dict[str, Tensor], adapter: Path, base: Path, files: dict[str, Path], linears: dict[str, nn.Module]
-) -> dict[str, tuple[str, dict[str, Tensor]]]:
-    """The adapter's tensors of each linear, by the checkpoint's key of its weight."""
-    prefix: Any = getattr(linears[""], "base_model_prefix", "")
-    found = {}
-    for path, held in group_by_module(tensors, adapter).items():
+    grouped: dict[str, dict[str, Tensor]], base: Path, files: dict[str, Path], modules: dict[str, nn.Module]
+) -> dict[str, _Change]:
+    """What the adapter changes, by each of the checkpoint's keys that it concerns."""
+    prefix: Any = getattr(modules[""], "base_model_prefix", "")
+    found: dict[str, _Change] = {}
+    for path, held in grouped.items():
         key = stored_name(path, prefix, files)
-        if key is None or path not in linears:
+        if key is None or path not in modules:
             raise ValueError(f"the adapter tunes {path!r}, which {base} lacks; merge into the base it was trained on")
-        found[key] = path, held
+        bias = stored_key(f"{path}.bias", prefix, files)
+        change = _Change(path, held, {"weight": key} if bias is None else {"weight": key, "bias": bias})
+        found |= dict.fromkeys(change.keys.values(), change)
     return found
 
 
+def _read(files: dict[str, Path], key: str) -> Tensor:
+    with safe_open(str(files[key]), framework="pt") as shard:
+        return shard.get_tensor(key)
+
+
 def _whole_by_stored_name(
-    whole: dict[str, Tensor], base: Path, files: dict[str, Path], linears: dict[str, nn.Module]
+    whole: dict[str, Tensor], base: Path, files: dict[str, Path], modules: dict[str, nn.Module]
 ) -> dict[str, Tensor]:
     """What was trained whole, by the checkpoint's key."""
-    prefix: Any = getattr(linears[""], "base_model_prefix", "")
+    prefix: Any = getattr(modules[""], "base_model_prefix", "")
     found = {}
     for key, tensor in whole.items():
         stored = stored_key(key, prefix, files)
@@ -125,11 +148,20 @@ def _replaced(held: Tensor, trained: Tensor, key: str) -> Tensor:
     return trained.to(held.dtype)
 
 
-def _merged(weight: Tensor, like: nn.Module, method: Method, held: dict[str, Tensor], path: str) -> Tensor:
-    conv1d = is_conv1d(like)
-    linear = dense_linear(weight.t() if conv1d else weight, None, conv1d)
-    merged, _ = method.restore(linear, held, path).merge(out_in_view(linear), None)
-    return (merged.t() if conv1d else merged).contiguous()
+def _merged(own: dict[str, Tensor], like: nn.Module, method: Method, change: _Change) -> dict[str, Tensor]:
+    """The module's ``own`` weight and bias with the change in them, as they are stored."""
+    module = shallow(like, {}, own)
+    conv1d = is_conv1d(module)
+    weight = own["weight"].t() if conv1d else own["weight"]
+    bias = own.get("bias")
+    piece = method.restore(module, change.tensors, change.path)
+    try:
+        piece.check_merge(bias)
+    except ValueError as error:
+        raise ValueError(f"{change.path}: {error}") from None
+    weight, bias = piece.merge(weight, bias)
+    merged = {"weight": weight.t() if conv1d else weight}
+    return {name: tensor.contiguous() for name, tensor in (merged | ({} if bias is None else {"bias": bias})).items()}
 
 
 def _copy_the_rest(base: Path, output: Path, shards: set[str]) -> None:

@@ -57,10 +57,11 @@ def save_adapter(
         return  # this process was needed to gather
     check_worth_saving(model, name, tensors, checkpoint=Path(directory).name.startswith("checkpoint-"))
     method = state.methods[name]
-    tuned = [path for path, module in tuned_linears(model).items() if name in module.deltas]
+    pieces = pieces_of(model, name)
+    tuned = [path for path in pieces if path in tuned_linears(model)]
     config = {
         **peft_keys(model),
-        **method.peft_fields(tuned),
+        **method.peft_fields(pieces),
         "peft_type": method.peft_type,
         "modules_to_save": peft_modules(model, method),
         **(peft_targets(model, tuned) | tied_option(model, name) if method.peft_type == "LORA" else {}),
@@ -69,6 +70,7 @@ def save_adapter(
             "base_sample": state.base_sample,
             "fingerprint": state.fingerprint,
             "format": FORMAT_VERSION if len(resume) > deltas_in(resume) else DELTAS_ONLY,
+            "modules": sorted(pieces),
             "options": method.stored_options(),
             "unfrozen": sorted(unfrozen(model)),
             "version": __version__,
@@ -86,11 +88,10 @@ def collect(
     """The adapter's tensors by adapter-file key, and by state-dict key; gathered where they are sharded."""
     tensors, resume = {}, {}
     for path, piece in pieces_of(model, name).items():
-        for key, tensor in piece.tensors().items():
-            full = f"{path}.deltas.{name}.{piece.stored[key]}"
-            value = whole((state_dict or {}).get(full, tensor))
-            tensors[f"{KEY_PREFIX}{path}.{key}"] = value
-            resume[full] = value
+        for key, attribute in piece.stored.items():
+            full = f"{path}.deltas.{name}.{attribute}"
+            resume[full] = whole((state_dict or {}).get(full, getattr(piece, attribute).detach()))
+            tensors[f"{KEY_PREFIX}{path}.{key}"] = piece.to_file(key, resume[full])
     for key, value in in_file(model, name, state_dict).items():
         tensors[f"{KEY_PREFIX}{key}"] = resume[key] = value
     for key, value in schedule_tensors(model, name).items():
@@ -182,7 +183,7 @@ def _holding(delta: Piece, path: str, tensors: dict[str, Tensor]) -> Piece:
         if value is None:  # exported under other names
             return delta
         kind = "_buffers" if attribute in delta._buffers else "_parameters"
-        held.__dict__[kind] = {**held.__dict__[kind], attribute: value}
+        held.__dict__[kind] = {**held.__dict__[kind], attribute: delta.from_file(key, value)}
     return held
 
 

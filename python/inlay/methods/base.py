@@ -162,8 +162,8 @@ class Method:
         """
         raise ValueError(f"{where}: wanted an adapter saved by inlay, got one without its 'inlay' section")
 
-    def peft_fields(self, targets: Sequence[str]) -> dict[str, Any]:
-        """The options as PEFT's config of this ``peft_type`` stores them; ``targets``: the tuned modules' names."""
+    def peft_fields(self, pieces: Mapping[str, Any]) -> dict[str, Any]:
+        """The options as PEFT's config of this ``peft_type`` stores them; ``pieces``: those of the tuned modules."""
         return self.to_dict()
 
     @classmethod

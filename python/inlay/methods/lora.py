@@ -23,7 +23,20 @@ from ..sites import LinearSite
 from ..targets import resolve
 from .base import Calibration, Method, Plan, check_one_of, register
 from .loftq import loftq
-from .lora_from_peft import options_of_peft
+from .peft_files import options_in
+
+#: Options of PEFT's config that say the same here.
+_IN_PEFT = ("r", "lora_alpha", "lora_dropout", "use_rslora")
+#: Initializations that leave the base as it is.
+_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+def _means_nothing(option: str, value: Any) -> bool:
+    """Whether a further option of PEFT's config changes nothing of what is computed."""
+    ignored = option in ("fan_in_fan_out", "megatron_config", "megatron_core", "qalora_group_size", "eva_config")
+    return (
+        ignored or (option == "bias" and value == "none") or (option == "init_lora_weights" and value in _PLAIN_INITS)
+    )
 
 
 @register
@@ -98,15 +111,12 @@ class LoRA(Method):
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], where: Path) -> LoRA:
-        try:
-            return cls(**options_of_peft(config, where))
-        except TypeError as error:
-            raise ValueError(f"{where}: {error}") from None
+        return cls(**options_in(config, _IN_PEFT, where, _means_nothing))
 
-    def peft_fields(self, targets: Sequence[str]) -> dict[str, Any]:
+    def peft_fields(self, pieces: Mapping[str, Any]) -> dict[str, Any]:
         ours = ("init", "loftq_iterations", "seed")
         fields = {key: value for key, value in self.to_dict().items() if key not in ours}
-        return {**fields, "target_modules": sorted(targets), "exclude_modules": None, "layers_to_transform": None}
+        return {**fields, "target_modules": sorted(pieces), "exclude_modules": None, "layers_to_transform": None}
 
     @classmethod
     def combine(

@@ -21,6 +21,7 @@ from ..select import random_groups
 from ..sites import LinearSite
 from ..targets import resolve
 from .base import Calibration, Method, Plan, register
+from .peft_files import options_in
 
 
 @register
@@ -59,23 +60,21 @@ class PaCA(Method):
         made = PartialConnections(out_in_view(module), tensors["paca_indices"], self.paca_alpha / self.r, where)
         return made.load(tensors, where)
 
-    def peft_fields(self, targets: Sequence[str]) -> dict[str, Any]:
+    def peft_fields(self, pieces: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "r": self.r,
             "paca_alpha": self.paca_alpha,
             "random_seed": self.seed,
             "init_weights": True,
-            "target_modules": sorted(targets),
+            "target_modules": sorted(pieces),
             "exclude_modules": None,
             "layers_to_transform": None,
         }
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], where: Path) -> PaCA:
-        same = ("r", "paca_alpha", "target_modules", "exclude_modules", "modules_to_save")
-        given: dict[str, Any] = {name: config[name] for name in same if config.get(name) is not None}
-        given |= {key: sorted(v) for key, v in given.items() if isinstance(v, list | set)}
-        return cls(**given)
+        ignored = ("random_seed", "init_weights")
+        return cls(**options_in(config, ("r", "paca_alpha"), where, lambda option, value: option in ignored))
 
     @classmethod
     def combine(

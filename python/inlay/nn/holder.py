@@ -16,6 +16,18 @@ else:
     _Module = object
 
 
+def inputs_of(active: Sequence[Any], x: Any) -> tuple[Any, list[Any]]:
+    """What the base gets where the pieces ``active`` change ``x``, and what each of them stands around.
+
+    Pieces are nested, the first one innermost, as merging them one after the other has it.
+    """
+    inputs = []
+    for piece in reversed(active):
+        inputs.append(x)
+        x = piece.before(x)
+    return x, inputs[::-1]
+
+
 class Holder(_Module):
     """Named pieces, of which some are active. They live under ``deltas.<adapter>``."""
 

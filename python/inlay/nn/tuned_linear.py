@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..bases.linear import base_linear, base_of, is_conv1d
 from ..ops.swiglu import swiglu
-from .holder import Holder
+from .holder import Holder, inputs_of
 
 #: Where torch keeps the hooks of a module.
 HOOKS = (
@@ -87,15 +87,13 @@ class TunedLinear(Holder, nn.Linear):
             return active[0].linear(x, self.base, *self.base_tensors)
         if not active:
             self.restore_base()
-        changed = x
-        for delta in active:
-            changed = delta.before(changed)
+        changed, inputs = inputs_of(active, x)
         y = base_linear(changed, self.base, *self.base_tensors)
         for delta in self.pieces().values():
             if delta not in active:
-                y = delta.add_original(y, x)
-        for delta in active:
-            y = delta.after(y, x)
+                y = delta.add_original(y, changed)
+        for delta, given in zip(active, inputs, strict=True):
+            y = delta.after(y, given)
         return y
 
     def forward_gated(self, gate: Tensor, up: Tensor, act: str) -> Tensor:

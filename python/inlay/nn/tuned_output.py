@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .holder import Holder
+from .holder import Holder, inputs_of
 from .mixed import Mixed, mix, unmix
 
 
@@ -16,12 +16,10 @@ class TunedOutput(Holder, Mixed):
 
     def forward(self, x: Any) -> Any:
         active = self.active_deltas()
-        changed = x
-        for piece in active:
-            changed = piece.before(changed)
+        changed, inputs = inputs_of(active, x)
         y = super().forward(changed)
-        for piece in active:
-            y = piece.after(y, x)
+        for piece, given in zip(active, inputs, strict=True):
+            y = piece.after(y, given)
         return y
 
     @torch.no_grad()

@@ -33,7 +33,8 @@ class Piece(nn.Module, ABC):
     that gradient accumulation, clipping, DDP and any torch optimizer work unmodified.
 
     A piece changes what its module computes from ``x`` to ``after(module(before(x)), x)``. A new piece makes that
-    begin as the module itself, bit for bit, and says in :meth:`merge` what weights compute the same.
+    begin as the module itself, bit for bit, and says in :meth:`merge` what weights compute the same. Several pieces on
+    one module are nested, the first one innermost.
 
     Attributes:
         in_place: True if the piece writes its values into the base weight.
@@ -73,6 +74,9 @@ class Piece(nn.Module, ABC):
             ValueError: no weights do, and why.
         """
 
+    def check_merge(self, bias: Tensor | None) -> None:
+        """Raise what :meth:`merge` would on a module with this ``bias``: asked before anything of a model changes."""
+
     @abstractmethod
     def changes_anything(self) -> bool:
         """False while the module still computes what it did without the piece."""
@@ -111,7 +115,15 @@ class Piece(nn.Module, ABC):
 
     def tensors(self) -> dict[str, Tensor]:
         """What an adapter file stores of this piece, by key in the file."""
-        return {key: getattr(self, attribute).detach() for key, attribute in self.stored.items()}
+        return {key: self.to_file(key, getattr(self, a).detach()) for key, a in self.stored.items()}
+
+    def to_file(self, key: str, tensor: Tensor) -> Tensor:
+        """How a file holds what this piece holds as ``tensor``; as it is, unless other libraries have another form."""
+        return tensor
+
+    def from_file(self, key: str, tensor: Tensor) -> Tensor:
+        """Inverse of :meth:`to_file`."""
+        return tensor
 
     def load(self: _P, tensors: Mapping[str, Tensor], where: str) -> _P:
         """Take the values of an adapter file's ``tensors``; returns self.
@@ -124,9 +136,10 @@ class Piece(nn.Module, ABC):
             raise ValueError(f"{where}: wanted tensors {sorted(self.stored)}, got {got}; the file is incomplete")
         for key, attribute in self.stored.items():
             held = getattr(self, attribute)
-            if held.shape != tensors[key].shape:
-                raise ValueError(f"{where}.{key}: wanted shape {tuple(held.shape)}, got {tuple(tensors[key].shape)}")
+            wanted = self.to_file(key, held.detach()).shape
+            if wanted != tensors[key].shape:
+                raise ValueError(f"{where}.{key}: wanted shape {tuple(wanted)}, got {tuple(tensors[key].shape)}")
             if tensors[key].is_floating_point() and not torch.isfinite(tensors[key]).all():
                 raise ValueError(f"{where}.{key} holds NaN or infinity; the file is corrupt: save the adapter again")
-            held.data.copy_(tensors[key])
+            held.data.copy_(self.from_file(key, tensors[key]))
         return self

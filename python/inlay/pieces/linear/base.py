@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,8 +48,11 @@ class LinearPiece(Piece):
     def put_back(self, weight: Tensor) -> None:
         """Write what :meth:`prepare_base` took out into a dense copy ``[out, in]`` of the base weight."""
 
-    def lora_factors(self) -> tuple[Tensor, Tensor] | None:
-        """``(A [r, in], B [out, r])`` with ``B·A == ΔW`` bit for bit, or None if there are none."""
+    def lora_factors(self, weight: Callable[[], Tensor] | None = None) -> tuple[Tensor, Tensor] | None:
+        """``(A [r, in], B [out, r])`` with ``B·A == ΔW`` bit for bit, or None if there are none.
+
+        ``weight``: makes the dense base weight ``[out, in]`` in fp32, for pieces whose ΔW depends on it.
+        """
         return None
 
 

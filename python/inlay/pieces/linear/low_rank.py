@@ -6,7 +6,7 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ class LowRankDelta(Delta):
     def changes_anything(self) -> bool:
         return bool(self.lora_B.detach().any())
 
-    def lora_factors(self) -> tuple[Tensor, Tensor]:
+    def lora_factors(self, weight: Callable[[], Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """``s`` is folded into B, so that the product needs no scaling."""
         return self.lora_A.detach().clone(), self.scale * self.lora_B.detach()
 

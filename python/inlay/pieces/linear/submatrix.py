@@ -124,7 +124,7 @@ class SubmatrixDelta(Delta):
             held.data.copy_(held.data.index_select(self.dim if held.dim() == 2 else 0, order))
         return self
 
-    def lora_factors(self) -> tuple[Tensor, Tensor]:
+    def lora_factors(self, weight: Callable[[], Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """One-hot on the chosen side, values on the other: ``B·A`` has one product per entry, so it is exact."""
         count = self.s2ft_indices.numel()
         channels = self.in_features if self.side == "in" else self.out_features

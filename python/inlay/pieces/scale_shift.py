@@ -1,0 +1,158 @@
+"""Scale and shift of a module's output: ``γ·y + β``, on linears of any storage and norms linear in their weight.
+
+Source: Lian, Zhou, Feng, Wang, "Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning", NeurIPS
+2022, arXiv:2210.08823.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ..bases.linear import is_linear
+from ..bases.quantized import QuantizedWeight
+from ..nn.probe import generator, same, shallow, takes_only
+from ..ops._registry import apply, as_rows, compute_dtype, without_autocast, without_views
+from ..roles import widths
+from .linear.base import LinearPiece
+
+
+class _ScaleShift(Function):
+    """Keeps x only where a gradient of the scale is wanted. Sums and products in fp32, one rounding."""
+
+    @staticmethod
+    @without_views
+    @without_autocast
+    def forward(ctx: Any, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        needs = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs[1] else None, scale if needs[0] else None)
+        return affine(x, scale, shift)
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale = ctx.saved_tensors
+        needs, wide = ctx.needs_input_grad, compute_dtype(dy)
+        rows = as_rows(dy).to(wide)
+        dx = affine(dy, scale, None) if needs[0] else None
+        dscale = (rows * as_rows(x).to(wide)).sum(0) if needs[1] else None
+        return dx, dscale, rows.sum(0) if needs[2] else None
+
+
+def affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """``x [..., n]·scale [n] + shift [n]`` in fp32, rounded once to the dtype of x."""
+    wide = x.to(compute_dtype(x))
+    if scale is not None and shift is not None:
+        wide = torch.addcmul(shift.to(wide.dtype), wide, scale.to(wide.dtype))
+    elif scale is not None:
+        wide = wide * scale.to(wide.dtype)
+    elif shift is not None:
+        wide = wide + shift.to(wide.dtype)
+    return wide.to(x.dtype)
+
+
+def scale_shift(x: Tensor, scale: Tensor | None, shift: Tensor | None = None, channels: Tensor | None = None) -> Tensor:
+    """``x·scale + shift`` for ``x [..., n]``, both fp32 ``[n]`` or None; on ``channels`` (int64 ``[s]``) of x alone,
+    where the two are ``[s]``."""
+    if channels is None:
+        return apply(_ScaleShift, x, scale, shift)
+    changed = apply(_ScaleShift, x.index_select(-1, channels), scale, shift)
+    return x.index_copy(-1, channels, changed)
+
+
+def norm_offset(module: nn.Module) -> float | None:
+    """The ``o`` of a norm that computes ``n(x)·(o + weight) [+ bias]``, or None if ``module`` is proven no such thing.
+
+    Run on random fp32 weights: once scaled and shifted in its output, once in its weights.
+    """
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not takes_only(module, ()):
+        return None
+    if module._buffers:  # statistics, which a run would change
+        return None
+    random, width = generator(), weight.shape[0]
+    held, scale, x = (torch.randn(*shape, generator=random) for shape in ((2, width), (width,), (2, 3, width)))
+    own = {"weight": held[0]} if bias is None else {"weight": held[0], "bias": held[1]}
+    for offset in (0.0, 1.0):
+        merged = {"weight": (offset + held[0]) * scale - offset}
+        merged |= {} if bias is None else {"bias": held[1] * scale}
+        plain, scaled = (_bare(shallow(module, {}, weights)) for weights in (own, merged))
+        if same(partial(_times, plain, x, scale), partial(scaled, x)):
+            return offset
+    return None
+
+
+def _times(module: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
+    return module(x) * scale
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """A copy without the pieces that it may hold already."""
+    if "active" in module.__dict__:
+        module.__dict__["active"] = ()
+    return module
+
+
+class Scale(LinearPiece):
+    """``after(y) = γ·y`` with γ fp32 from 1; merged, the rows of the weight and the bias are scaled.
+
+    Args:
+        module: a linear of any storage, or a norm for which :func:`norm_offset` is not None.
+    """
+
+    stored = {"ssf_scale": "ssf_scale"}
+    ssf_shift: nn.Parameter | None
+
+    def __init__(self, module: nn.Module) -> None:
+        linear = is_linear(module) or isinstance(module, QuantizedWeight)
+        weight = module.weight.detach()
+        super().__init__(*(widths(module) if linear else 2 * (weight.shape[0],)))
+        self.offset = None if linear else norm_offset(module)
+        like = weight.new_empty(0, dtype=torch.promote_types(weight.dtype, torch.float32))
+        self.ssf_scale = nn.Parameter(like.new_ones(self.out_features))
+        self.register_parameter("ssf_shift", None)
+
+    def after(self, y: Tensor, x: Any) -> Tensor:
+        return scale_shift(y, self.ssf_scale, self.ssf_shift)
+
+    def check_merge(self, bias: Tensor | None) -> None:
+        if self.ssf_shift is not None and bias is None:
+            raise ValueError(
+                "a shift of this output needs a bias to merge into, and its module has none: wanted "
+                'shift="mergeable" (shifts only where there is a bias) or shift=False; otherwise keep the adapter apart'
+            )
+
+    def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        self.check_merge(bias)
+        scale = self.ssf_scale.to(weight.device)
+        wide = weight.to(scale.dtype)
+        wide = wide * scale[:, None] if self.offset is None else (self.offset + wide) * scale - self.offset
+        if bias is not None:
+            bias = affine(bias.to(scale.dtype), scale, self.ssf_shift).to(bias.dtype)
+        return wide.to(weight.dtype), bias
+
+    def changes_anything(self) -> bool:
+        return bool((self.ssf_scale.detach() != 1).any())
+
+    def extra_repr(self) -> str:
+        return f"channels={self.out_features}, shift={self.ssf_shift is not None}"
+
+
+class ScaleShift(Scale):
+    """``after(y) = γ·y + β`` with β fp32 from 0; merging adds it to the bias, which the module must have."""
+
+    stored = {"ssf_scale": "ssf_scale", "ssf_shift": "ssf_shift"}
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.ssf_shift = nn.Parameter(torch.zeros_like(self.ssf_scale))
+
+    def changes_anything(self) -> bool:
+        shift: Any = self.ssf_shift
+        return super().changes_anything() or bool(shift.detach().any())
