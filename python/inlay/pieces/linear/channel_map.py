@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ...ops._registry import apply, as_rows, compute_dtype, without_autocast, without_views
 from ...roles import widths
-from .base import LinearPiece
+from .base import LinearPiece, like_of
 from .submatrix import check_indices
 
 
@@ -65,12 +64,11 @@ class ChannelMap(LinearPiece):
 
     def __init__(self, module: nn.Module, channels: Tensor, where: str = "sct") -> None:
         super().__init__(*widths(module))
-        weight = module.weight.detach()
-        like = weight.new_empty(0, dtype=torch.promote_types(weight.dtype, torch.float32))
+        like = like_of(module)
         channels = check_indices(channels, self.out_features, where)
         self.sct_map = nn.Parameter(like.new_zeros(channels.numel(), channels.numel()))
         self.register_parameter("sct_bias", None)
-        self.register_buffer("sct_channels", channels.to(weight.device))
+        self.register_buffer("sct_channels", channels.to(like.device))
         self.base_bias = getattr(module, "bias", None) is not None
 
     def after(self, y: Tensor, x: Any) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...roles import widths
-from .base import LinearPiece
+from .base import LinearPiece, like_of
 
 
 class OutputAdapter(LinearPiece):
@@ -45,8 +45,7 @@ class OutputAdapter(LinearPiece):
         super().__init__(*widths(module))
         self.drop_path, self.eval_scale = drop_path, eval_scale
         self.base_bias = getattr(module, "bias", None) is not None
-        weight = module.weight.detach()
-        self.make(weight.new_empty(0, dtype=torch.promote_types(weight.dtype, torch.float32)), r, generator)
+        self.make(like_of(module), r, generator)
         self.r_adapter_scale = nn.Parameter(self.r_adapter_up.detach().new_full((1,), 0.1))
         for name, average in self.averages.items():
             self.register_buffer(average, getattr(self, name).detach().clone())
