@@ -67,12 +67,23 @@ def _lofit() -> Callable[..., Method]:
     return _with(inlay.LoFiT, heads=0.5, strategy="random")
 
 
+def _sct(**options: Any) -> Callable[..., Method]:
+    return _with(inlay.SCT, **({"strategy": "random", "channels": 0.25} | options))
+
+
+def _r_adapter(**options: Any) -> Callable[..., Method]:
+    return _with(inlay.RAdapter, **({"r": 4, "ema": 0.0} | options))
+
+
 #: A Llama with biases, and the families that have some.
 BIASES = {"attention_bias": True, "mlp_bias": True}
 BIASED = ("qwen2", "gpt2", "opt", "bert", "vit", *(family.name for family in WITH_BIASES))
 
 #: Families whose attention outputs have one.
 OUTPUT_BIASED = ("gpt2", "opt", "bert", "vit", *(family.name for family in WITH_BIASES))
+
+#: Families whose MLPs are linears.
+DENSE_MLP = tuple(family.name for family in FAMILIES if family.name != "mixtral")
 
 ROWS = (
     Row("s2ft", _s2ft()),
@@ -118,6 +129,11 @@ ROWS = (
     Row("lofit", _lofit(), exports=False, model=BIASES, families=OUTPUT_BIASED),
     Row("lofit-int8", _lofit(), base="int8", exports=False, model=BIASES, families=OUTPUT_BIASED),
     Row("lofit-gates", _with(inlay.LoFiT, stage="gates"), exports=False),
+    Row("sct", _sct()),
+    Row("sct-both-nf4", _sct(target_modules=["o_proj", "down_proj"], channels=8), base="nf4", families=DENSE_MLP),
+    Row("r-adapter", _r_adapter(drop_path=0.0, eval_scale=1.0)),
+    Row("r-adapter-full", _r_adapter(drop_path=0.0, eval_scale=1.0, r=32), base="int8"),
+    Row("r-adapter-drop", _r_adapter(), dropout=True),
     Row("ssf", _with(inlay.SSF), exports=False),
     Row("ssf-nf4", _with(inlay.SSF), base="nf4", exports=False),
     Row(

@@ -11,7 +11,7 @@ import families
 import pytest
 import torch
 from comparing import assert_close, assert_series
-from methods import BY_NAME, ROWS, Row, families_of, shake, trainables
+from methods import BY_NAME, ROWS, Row, data_for, families_of, shake, trainables
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -103,7 +103,9 @@ def check(row: Row, family: families.Family) -> None:
     method = row.make()
     if method.modules_to_save and not hasattr(tuned, "lm_head"):
         pytest.skip("this family has no lm_head of its own")
-    tuned = shake(inlay.tune(tuned, method, base=row.base).train(not row.dropout))
+    tuned = shake(
+        inlay.tune(tuned, method, base=row.base, calibration=data_for(row, family.batch)).train(not row.dropout)
+    )
     take_quantized(eager, tuned)
     tuned._modules.pop(SCHEDULES, None)  # what changes gradients beside the loss has tests of its own
     merged = Merged(eager.train(not row.dropout), tuned)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from comparing import assert_equal
 from families import BY_NAME, eval_logits
+from methods import shake
 from oracle import deltas_of, randomize
 from transformers import AutoModelForCausalLM
 
@@ -45,6 +46,56 @@ def test_equals_merging_in_memory(name, dtype, update, tmp_path):
     family = BY_NAME[name]
     before = eval_logits(family.build().to(dtype), family.batch(0))
     assert not torch.equal(eval_logits(loaded, family.batch(0)), before)
+
+
+OTHERS = {
+    "ssf": inlay.SSF(),
+    "ia3": inlay.IA3(),
+    "lofit": inlay.LoFiT(heads=0.5, strategy="random"),
+    "sct": inlay.SCT(strategy="random"),
+    "r-adapter": inlay.RAdapter(r=4, ema=0.0),
+}
+
+
+@pytest.mark.parametrize("method", OTHERS)
+@pytest.mark.parametrize("size", ["2KB", "1GB"])
+def test_biases_and_norms_are_merged_too(method, size, tmp_path):
+    """A weight and its bias may stand in different shards."""
+    model = BY_NAME["gpt2"].build()
+    model.save_pretrained(tmp_path / "base", max_shard_size=size)
+    tuned = shake(inlay.tune(model, OTHERS[method]))
+    tuned.save_pretrained(tmp_path / "adapter")
+    merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    changed = 0
+    for key, tensor in inlay.merge(tuned).state_dict().items():
+        assert_equal(loaded.state_dict()[key], tensor, key)
+        changed += not torch.equal(tensor, BY_NAME["gpt2"].build().state_dict()[key])
+    assert changed
+
+
+def test_what_cannot_be_merged_is_refused(tmp_path):
+    model = BY_NAME["llama"].build()
+    model.save_pretrained(tmp_path / "base")
+    shake(inlay.tune(model, OTHERS["lofit"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="o_proj: an offset of heads is merged into the bias"):
+        merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_a_file_without_a_module_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = BY_NAME["llama"].build()
+    model.save_pretrained(tmp_path / "base")
+    shake(inlay.tune(model, OTHERS["ssf"])).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({key: tensor for key, tensor in load_file(path).items() if "layers.1.mlp.up_proj" not in key}, path)
+    for read in (
+        lambda: inlay.load(BY_NAME["llama"].build(), tmp_path / "adapter"),
+        lambda: merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"),
+    ):
+        with pytest.raises(ValueError, match="wanted tensors of model.layers.1.mlp.up_proj.*incomplete"):
+            read()
 
 
 def test_lora_in_one_file(tmp_path):

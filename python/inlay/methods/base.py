@@ -30,7 +30,7 @@ class Plan:
     Attributes:
         pieces: what builds the piece on each linear or other module.
         whole: how each tensor that trains whole is held, by state-dict key.
-        schedule: what changes between optimizer steps; None if nothing does.
+        schedule: what changes between optimizer steps; None for what the method's :meth:`Method.schedule` says.
     """
 
     pieces: dict[Site, Builder] = field(default_factory=dict)

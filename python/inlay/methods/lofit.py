@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..bases.linear import out_in_view
-from ..pieces.linear.base import LinearPiece
+from ..nn.holder import Holder
+from ..pieces.linear.base import LinearPiece, like_of
 from ..pieces.linear.head_vectors import HeadGate, HeadOffset
 from ..roles import widths
 from ..schedules import Schedule
@@ -124,24 +124,18 @@ class LoFiT(Method):
         Raises:
             ValueError: the adapter has no gates, or there are not so many heads.
         """
-        from ..nn.holder import Holder
-
         check_count(heads)
-        held = {n: m.deltas[adapter_name] for n, m in model.named_modules() if _holds(m, Holder, adapter_name)}
+        held = {n: m.pieces().get(adapter_name) for n, m in model.named_modules() if isinstance(m, Holder)}
         gates = {name: piece for name, piece in held.items() if isinstance(piece, HeadGate)}
         if not gates:
             raise ValueError(f'adapter {adapter_name!r} has no gates: wanted a model tuned by LoFiT(stage="gates")')
         return largest({n: _norms(g.lofit_gate.detach(), head_width(model, n)) for n, g in gates.items()}, heads)
 
     def _gate(self, module: nn.Module) -> HeadGate:
-        return HeadGate(*widths(module), out_in_view(module))
+        return HeadGate(*widths(module), like_of(module))
 
     def _offset(self, module: nn.Module, *, channels: Tensor, where: str) -> HeadOffset:
-        return HeadOffset(*widths(module), out_in_view(module), channels, where)
-
-
-def _holds(module: nn.Module, holder: Any, adapter: str) -> bool:
-    return isinstance(module, holder) and adapter in module.deltas
+        return HeadOffset(*widths(module), like_of(module), channels, where)
 
 
 def head_width(model: nn.Module, name: str) -> int:

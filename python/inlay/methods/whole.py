@@ -56,7 +56,7 @@ class TrainsWhole(Method):
                 f"{packed[0]} trains whole under {type(self).__name__}, and is stored quantized; load the model dense, "
                 "leave it out by exclude_modules, or train a delta on it (inlay.LoRA, inlay.S2FT)"
             )
-        return Plan(whole=dict.fromkeys(keys, self.holding), schedule=self.schedule(model))
+        return Plan(whole=dict.fromkeys(keys, self.holding))
 
     def keys(self, model: nn.Module, calibration: Calibration | None) -> list[str]:
         """The state-dict keys of what trains."""

@@ -19,7 +19,7 @@ from ..bases.quantized import QuantizedWeight
 from ..nn.probe import generator, same, shallow, takes_only
 from ..ops._registry import apply, as_rows, compute_dtype, without_autocast, without_views
 from ..roles import widths
-from .linear.base import LinearPiece
+from .linear.base import LinearPiece, like_of
 
 
 class _ScaleShift(Function):
@@ -111,11 +111,9 @@ class Scale(LinearPiece):
 
     def __init__(self, module: nn.Module) -> None:
         linear = is_linear(module) or isinstance(module, QuantizedWeight)
-        weight = module.weight.detach()
-        super().__init__(*(widths(module) if linear else 2 * (weight.shape[0],)))
+        super().__init__(*(widths(module) if linear else 2 * (module.weight.shape[0],)))
         self.offset = None if linear else norm_offset(module)
-        like = weight.new_empty(0, dtype=torch.promote_types(weight.dtype, torch.float32))
-        self.ssf_scale = nn.Parameter(like.new_ones(self.out_features))
+        self.ssf_scale = nn.Parameter(like_of(module).new_ones(self.out_features))
         self.register_parameter("ssf_shift", None)
 
     def after(self, y: Tensor, x: Any) -> Tensor:

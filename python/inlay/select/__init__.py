@@ -5,6 +5,7 @@ from .channels import expand_groups, pick_groups
 from .gates import gate_gradients
 from .gradient import gradient_scores
 from .random import generator_of, random_groups
+from .salience import salience_scores
 from .weight import weight_scores
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "gradient_scores",
     "pick_groups",
     "random_groups",
+    "salience_scores",
     "weight_scores",
 ]

@@ -7,12 +7,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...bases.linear import base_linear
-from ...bases.quantized import Storage
+from ...bases.quantized import QuantizedWeight, Storage
 from ...ops.swiglu import swiglu
 from ..base import Piece
+
+
+def like_of(module: nn.Module) -> Tensor:
+    """An empty tensor with the dtype and device of what trains at ``module``: fp32, or fp64 on an fp64 base."""
+    if isinstance(module, QuantizedWeight):  # whose dense weight would be made anew
+        dtype, device = module.compute_dtype, next(module.parameters()).device
+    else:
+        dtype, device = module.weight.dtype, module.weight.device
+    return torch.empty(0, dtype=torch.promote_types(dtype, torch.float32), device=device)
 
 
 class LinearPiece(Piece):

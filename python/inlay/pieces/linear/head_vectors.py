@@ -18,20 +18,15 @@ from .base import LinearPiece
 from .submatrix import check_indices
 
 
-def _zeros(like: Tensor, count: int) -> nn.Parameter:
-    """fp32 (fp64 on an fp64 base), where the weight is."""
-    return nn.Parameter(torch.zeros(count, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device))
-
-
 class HeadGate(LinearPiece):
     """``W·((1 + A)·x)``, A fp32 ``[in]`` from 0; merged, the columns of the weight are scaled."""
 
     stored = {"lofit_gate": "lofit_gate"}
 
     def __init__(self, in_features: int, out_features: int, like: Tensor) -> None:
-        """``like``: gives dtype and device, as the weight would."""
+        """``like``: gives dtype and device, see :func:`.base.like_of`."""
         super().__init__(in_features, out_features)
-        self.lofit_gate = _zeros(like, in_features)
+        self.lofit_gate = nn.Parameter(like.new_zeros(in_features))
 
     def before(self, x: Tensor) -> Tensor:
         return scale_shift(x, 1 + self.lofit_gate)
@@ -58,10 +53,10 @@ class HeadOffset(LinearPiece):
     def __init__(
         self, in_features: int, out_features: int, like: Tensor, channels: Tensor, where: str = "lofit"
     ) -> None:
-        """``like``: gives dtype and device, as the weight would."""
+        """``like``: gives dtype and device, see :func:`.base.like_of`."""
         super().__init__(in_features, out_features)
         channels = check_indices(channels, in_features, where)
-        self.lofit_offset = _zeros(like, channels.numel())
+        self.lofit_offset = nn.Parameter(like.new_zeros(channels.numel()))
         self.register_buffer("lofit_channels", channels.to(like.device))
 
     def before(self, x: Tensor) -> Tensor:

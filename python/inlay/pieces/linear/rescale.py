@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -19,7 +18,7 @@ from ...ops._registry import apply, as_rows, autocast_dtype, compute_dtype, with
 from ...ops.swiglu import swiglu_backward, swiglu_forward
 from ...roles import widths
 from ..scale_shift import affine, scale_shift
-from .base import LinearPiece
+from .base import LinearPiece, like_of
 from .submatrix import check_indices
 
 
@@ -60,9 +59,8 @@ class Rescale(LinearPiece):
         super().__init__(*widths(module))
         self.side = side
         self.transposed = is_conv1d(module) or bool(getattr(module, "conv1d", False))  # for PEFT's config
-        weight = module.weight.detach()
-        like = weight.new_empty(0, dtype=torch.promote_types(weight.dtype, torch.float32))
-        self.ia3_l = nn.Parameter(like.new_ones((1, self.in_features) if side == "in" else (self.out_features, 1)))
+        shape = (1, self.in_features) if side == "in" else (self.out_features, 1)
+        self.ia3_l = nn.Parameter(like_of(module).new_ones(shape))
 
     def before(self, x: Tensor) -> Tensor:
         return scale_shift(x, self.ia3_l.reshape(-1)) if self.side == "in" else x
