@@ -3,11 +3,13 @@ tests/test_invariants.py, the several-process runs and the estimates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
+from families import BY_NAME as BY_NAME_OF_FAMILIES
 from families import FAMILIES, WITH_BIASES, text_batch
 from torch import Tensor, nn
 
@@ -156,6 +158,21 @@ def data_for(row: Row, batch: Callable[[int], Mapping[str, Any]] = text_batch) -
 def families_of(row: Row) -> tuple[str, ...]:
     """Names of the families that a row is tried on."""
     return row.families or tuple(family.name for family in FAMILIES)
+
+
+#: Families that every change is tried on; the others are slow tests.
+QUICK = ("llama", "gpt2", "bert", "t5", "gemma2")
+
+
+def pairs(rows: Iterable[Row]) -> list[Any]:
+    """Each row with each of its families, as pytest's parameters."""
+    return [
+        pytest.param(
+            row, BY_NAME_OF_FAMILIES[name], id=f"{row}-{name}", marks=() if name in QUICK else (pytest.mark.slow,)
+        )
+        for row in rows
+        for name in families_of(row)
+    ]
 
 
 def trainables(model: nn.Module) -> dict[str, Tensor]:

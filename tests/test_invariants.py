@@ -10,7 +10,7 @@ import pytest
 import torch
 from comparing import assert_close, assert_equal
 from families import eval_logits, llama, text_batch
-from methods import ROWS, Row, data_for, families_of, shake, trainables
+from methods import ROWS, Row, data_for, pairs, shake, trainables
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -21,8 +21,7 @@ from inlay.state import tuned_linears
 BATCHES = [text_batch(seed) for seed in range(4)]
 LLAMA = families.BY_NAME["llama"]
 every_row = pytest.mark.parametrize("row", ROWS, ids=str)
-PAIRS = [(row, families.BY_NAME[name]) for row in ROWS for name in families_of(row)]
-on_every_family = pytest.mark.parametrize("row, family", PAIRS, ids=lambda value: str(value))
+on_every_family = pytest.mark.parametrize("row, family", pairs(ROWS))
 
 
 def tuned_by(row: Row, model: nn.Module | None = None, family=LLAMA, **options) -> nn.Module:

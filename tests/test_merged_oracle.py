@@ -11,7 +11,7 @@ import families
 import pytest
 import torch
 from comparing import assert_close, assert_series
-from methods import BY_NAME, ROWS, Row, data_for, families_of, shake, trainables
+from methods import BY_NAME, ROWS, Row, data_for, pairs, shake, trainables
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -25,12 +25,7 @@ from inlay.state import pieces_of, tuned_modules
 #: eps is large against the rounding of a gradient that is zero by construction (a key's bias), and AdamW would divide
 #: such a one by itself.
 STEPS, ADAMW = 5, {"lr": 3e-3, "weight_decay": 0.05, "eps": 1e-4}
-PAIRS = [
-    pytest.param(row, families.BY_NAME[name], id=f"{row}-{name}")
-    for row in ROWS
-    if row.make().pieces
-    for name in families_of(row)
-]
+PAIRS = pairs([row for row in ROWS if row.make().pieces])
 
 
 class Merged:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from comparing import assert_close, assert_equal, assert_series
 from families import llama, text_batch
-from methods import BY_NAME, ROWS, data_for, families_of, trainables
+from methods import BY_NAME, ROWS, data_for, pairs, trainables
 from torch import nn
 
 import inlay
@@ -23,7 +23,6 @@ STEPS = 6
 ADAMW = {"lr": 2e-2, "weight_decay": 0.1, "eps": 1e-2}
 SCALED = ("cofitune",)  # whose gradients are not full fine-tuning's: see below
 WHOLE = [row for row in ROWS if not row.make().pieces and row.base is None and row.name not in SCALED]
-PAIRS = [(row, families.BY_NAME[name]) for row in WHOLE for name in families_of(row)]
 
 
 class Eager:
@@ -79,7 +78,7 @@ def run(row, family, tolerance=2e-5):
     return tuned
 
 
-@pytest.mark.parametrize("row, family", PAIRS, ids=str)
+@pytest.mark.parametrize("row, family", pairs(WHOLE))
 def test_equals_masked_full_fine_tuning(row, family):
     run(row, family)
 
