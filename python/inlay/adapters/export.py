@@ -53,8 +53,9 @@ def export(model: nn.Module, directory: str | Path, *, format: str = "peft-lora"
     config_file = Path(directory) / CONFIG_NAME
     if config_file.exists() and "inlay" in read_json(config_file):
         raise ValueError(f"{directory} holds an adapter saved by inlay; export to another directory")
-    linears = {path: module for path, module in tuned_linears(model).items() if name in module.deltas}
-    for path, piece in pieces_of(model, name).items():
+    pieces = pieces_of(model, name)
+    linears = {path: module for path, module in tuned_linears(model).items() if path in pieces}
+    for path, piece in pieces.items():
         if path not in linears:
             raise ValueError(f"{path}: a {type(piece).__name__} on a {_kind(model, path)} is no LoRA; merge it instead")
     if not linears:
