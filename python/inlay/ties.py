@@ -49,6 +49,16 @@ def sharers(model: nn.Module, paths: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
+def each_once(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """``names`` without the embeddings that look up the table of an earlier one of them: a piece acts on all of these."""
+    kept: list[str] = []
+    shared = sharers(model, [name for name in names if isinstance(model.get_submodule(name), nn.Embedding)])
+    for name in names:
+        if not any(earlier in shared.get(name, ()) and earlier in shared for earlier in kept):
+            kept.append(name)
+    return kept
+
+
 def tied_pieces(model: nn.Module, pieces: Mapping[str, Piece]) -> dict[str, Piece]:
     """What ``pieces``, by module, put on the other modules that share the weights of theirs.
 

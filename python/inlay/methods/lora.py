@@ -23,6 +23,7 @@ from ..pieces.linear import LowRankDelta
 from ..select import generator_of
 from ..sites import site_of
 from ..targets import embeddings, input_embedding, resolve
+from ..ties import each_once
 from .base import Calibration, Method, Plan, check_one_of, register
 from .loftq import loftq
 from .peft_files import options_in
@@ -94,13 +95,13 @@ class LoRA(Method):
             by_name=embeddings(model),
         )
         if not self.embeddings:
-            return names
+            return each_once(model, names)
         table = input_embedding(model)
         if table is None:
             raise ValueError(
                 f"embeddings=True: found no embedding of tokens in this {type(model).__name__}; name one in target_modules"
             )
-        return names if table in names else [table, *names]
+        return each_once(model, names if table in names else [table, *names])
 
     def plan(self, model: nn.Module, calibration: Calibration | None) -> Plan:
         return Plan({site_of(model, name): partial(self._build, where=name) for name in self.targets(model)})

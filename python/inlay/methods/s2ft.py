@@ -23,6 +23,7 @@ from ..roles import ROLES, role_by_name, roles, widths
 from ..select import activation_scores, expand_groups, gradient_scores, pick_groups, random_groups, weight_scores
 from ..sites import site_of
 from ..targets import INPUT_SIDE_ROLES, embeddings, resolve, suffix_match
+from ..ties import each_once
 from .base import Calibration, Method, Plan, check_one_of, register
 from .heads import head_dim_of
 
@@ -87,6 +88,7 @@ class S2FT(Method):
             layers_to_transform=self.layers_to_transform,
             by_name=embeddings(model),
         )
+        names = each_once(model, names)
         self._check_embeddings(model, names)
         if self.target_modules is None:
             warn_about_missing_role(model, names)

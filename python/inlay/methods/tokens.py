@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..pieces.token_rows import TokenEmbeddings, TokenOutputs
 from ..sites import site_of
 from ..targets import embeddings, output_head_names, resolve
-from ..ties import sharers
+from ..ties import each_once, sharers
 from ..vocabulary import original_vocabulary
 from .base import Calibration, Method, Plan
 
@@ -49,7 +49,7 @@ class TrainsTokens(Method):
                 "it out"
             )
         named = self.target_modules is not None or self.exclude_modules is not None
-        paths = self._named(model) if named else self.tables(model)
+        paths = each_once(model, self._named(model) if named else self.tables(model))
         return Plan({site_of(model, path): partial(self._build, model=model, where=path) for path in paths})
 
     def tables(self, model: nn.Module) -> list[str]:
