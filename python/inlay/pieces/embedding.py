@@ -143,8 +143,8 @@ class _AddLowRankRows(Function):
     def forward(ctx: Any, y: Tensor, a: Tensor, b: Tensor, ids: Tensor, scale: float, padding: int | None) -> Tensor:
         ctx.save_for_backward(a, b, ids)
         ctx.scale, ctx.padding = scale, padding
-        change = a.index_select(1, ids.reshape(-1)).t() @ b.t()
-        return torch.add(y, change.view(y.shape), alpha=scale).to(y.dtype)
+        change = nn.functional.embedding(ids, a.t()) @ b.t()
+        return torch.add(y, change, alpha=scale).to(y.dtype)
 
     @staticmethod
     @once_differentiable
