@@ -59,8 +59,8 @@ def lookup_of(module: nn.Module, where: str) -> Lookup:
         raise ValueError(f"{where}: wanted an nn.Embedding with a [tokens, width] table, got {type(module).__name__}")
     if weight.dtype not in _DTYPES:
         raise ValueError(
-            f"{where}: its table is stored packed, as {weight.dtype} ({type(module).__name__}), and a change of it could "
-            "not be merged; load the model with dense embeddings, or tune its linears"
+            f"{where}: its table is stored packed, as {weight.dtype} ({type(module).__name__}), and a change of it "
+            "could not be merged; load the model with dense embeddings, or tune its linears"
         )
     if not takes_only(module, ()) or module.max_norm is not None:
         raise ValueError(
@@ -270,8 +270,8 @@ def check_tokens(indices: Tensor, tokens: int, where: str) -> Tensor:
     beyond = [int(i) for i in indices.reshape(-1) if not 0 <= int(i) < tokens]
     if beyond:
         raise ValueError(
-            f"{where}: wanted token ids from 0 to {tokens - 1}, all its table has, got {beyond[0]}; give the model more "
-            "tokens first, with resize_token_embeddings"
+            f"{where}: wanted token ids from 0 to {tokens - 1}, all its table has, got {beyond[0]}; give the model "
+            "more tokens first, with resize_token_embeddings"
         )
     return check_indices(indices, tokens, where)
 
