@@ -70,8 +70,8 @@ def tied_pieces(model: nn.Module, pieces: Mapping[str, Piece]) -> dict[str, Piec
         for other in others:
             if other in pieces:
                 raise ValueError(
-                    f"{path} and {other} share one weight in this {type(model).__name__}, and there is a piece for each: a "
-                    f"piece on {path} acts on both; leave {other} out, or load the model with "
+                    f"{path} and {other} share one weight in this {type(model).__name__}, and there is a piece for "
+                    f"each: a piece on {path} acts on both; leave {other} out, or load the model with "
                     "tie_word_embeddings=False"
                 )
             made[other] = pieces[path].tied(model.get_submodule(other), other)
