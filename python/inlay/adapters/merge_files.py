@@ -54,9 +54,9 @@ def merge_files(base: str | Path, adapter: str | Path, output: str | Path) -> No
     take_tables(tensors)
     whole = _whole_by_stored_name(take_whole(tensors, config, method), base, files, modules)
     grouped = without_tied(modules[""], group_by_module(tensors, adapter), config, adapter)
-    check_tied(modules[""], grouped, config, method)
     check_modules(grouped, config, adapter)
     changes = _by_stored_name(grouped, base, files, modules)
+    check_tied(modules[""], grouped, config, method)
     ours = config.get("inlay") or {}
     sample, marks = ours.get("base_sample") or {}, (ours.get("fingerprint") or {}).get("marks", {})
     off: dict[str, float] = {}
