@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,6 +59,18 @@ def inlay_lora(model: nn.Module) -> Built:
 
     inlay.tune(model, inlay.LoRA(r=16, lora_alpha=32))
     return Built(model, inlay.optim.AdamW(_trainable(model), lr=1e-4))
+
+
+def inlay_whole(name: str, **options: Any) -> Callable[[nn.Module], Built]:
+    """A method that trains weights whole, in bf16 with AdamW's exact residual; the original is kept beside them."""
+
+    def build(model: nn.Module) -> Built:
+        import inlay
+
+        inlay.tune(model, getattr(inlay, name)(**options))
+        return Built(model, inlay.optim.AdamW(_trainable(model), lr=1e-5, rounding="residual"))
+
+    return build
 
 
 def inlay_nf4(model: nn.Module) -> nn.Module:
@@ -154,6 +167,11 @@ METHODS: dict[str, Callable[[nn.Module], Built]] = {
     "inlay-lora": inlay_lora,
     "inlay-qlora": inlay_lora,
     "inlay-s2ft-nf4": inlay_s2ft,
+    "inlay-full": inlay_whole("Full"),
+    "inlay-freeze-layers": inlay_whole("FreezeLayers", layers=0.25),
+    "inlay-hft": inlay_whole("HFT"),
+    "inlay-lisa": inlay_whole("LISA", layers=2),
+    "inlay-ln-tuning": inlay_whole("LNTuning"),
     "peft-lora": peft_lora,
     "peft-qlora": peft_lora,
     "full": full,

@@ -77,9 +77,12 @@ def worker(args: argparse.Namespace) -> None:
         del loss
         return {"kept_per_token_per_layer": result["bytes"] / tokens.numel() / model.config.num_hidden_layers}
 
-    answers = {"step": step, "kept": kept, "peak": lambda: {"peak": _measure.peak(args.device) - before}}
-    trainable = sum(p.numel() for p in built.model.parameters() if p.requires_grad)
-    print(json.dumps({"ready": True, "trainable": trainable}), flush=True)
+    def peak() -> dict[str, float]:
+        trainable = sum(p.numel() for p in built.model.parameters() if p.requires_grad)  # of which a schedule has chosen
+        return {"peak": _measure.peak(args.device) - before, "trainable": trainable}
+
+    answers = {"step": step, "kept": kept, "peak": peak}
+    print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         print(json.dumps(answers[line.strip()]()), flush=True)
 
@@ -107,7 +110,7 @@ class Process:
             command += [f"--{option}", str(getattr(args, option))]
         self.method, self.steps = method, []
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.trainable = self._answer("ready")["trainable"]
+        self._answer("ready")
 
     def _answer(self, key: str) -> dict[str, Any]:
         for line in self.process.stdout:
@@ -133,7 +136,7 @@ class Process:
         total = statistics.median(sum(s[part] for part in PARTS) for s in self.steps)
         return {
             "method": self.method,
-            "trainable": self.trainable,
+            "trainable": peak["trainable"],
             "step_seconds": total,
             "tokens_per_second": tokens / total,
             "peak_bytes_above_model": peak["peak"],

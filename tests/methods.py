@@ -3,12 +3,14 @@ tests/test_invariants.py, the several-process runs and the estimates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
-from families import FAMILIES, WITH_BIASES
+from families import BY_NAME as BY_NAME_OF_FAMILIES
+from families import FAMILIES, WITH_BIASES, text_batch
 from torch import Tensor, nn
 
 import inlay
@@ -31,6 +33,7 @@ class Row:
         dropout: its forward in training mode draws random numbers.
         whole: it trains tensors of the base itself, in the base's dtype.
         model: options of the Llama it is tried on, where the usual one has nothing for it.
+        data: it chooses by calibration batches.
         families: the families it can be tried on; None for all.
     """
 
@@ -43,6 +46,7 @@ class Row:
     dropout: bool = False
     whole: bool = False
     model: Mapping[str, Any] = field(default_factory=dict)
+    data: bool = False
     families: tuple[str, ...] | None = None
 
     def __str__(self) -> str:
@@ -98,6 +102,11 @@ ROWS = (
     Row("lora-fp4", _lora(), base="fp4"),
     Row("lora-int8", _lora(), base="int8"),
     Row("loftq", _lora(init="loftq", loftq_iterations=2), base="nf4", keeps_base=False, exports=False),
+    Row("paca", lambda **more: inlay.PaCA(**({"r": 6, "paca_alpha": 12} | more))),
+    Row("paca-nf4", lambda **more: inlay.PaCA(**({"r": 6} | more)), base="nf4"),
+    Row("neft", lambda **more: inlay.NeFT(**({"ratio": 0.2, "probe_steps": 4} | more)), data=True),
+    Row("spafit", lambda **more: inlay.SPAFIT(**({"r": 4, "strata": (0.0, 0.5)} | more)), exports=False, model=BIASES),
+    Row("surgical", _with(inlay.Surgical, layers=1), whole=True, exports=False, data=True),
     Row("full", _with(inlay.Full), whole=True, exports=False),
     Row("full-fp32", _with(inlay.Full, rounding="fp32"), exports=False),
     Row("bitfit", _with(inlay.BitFit), exports=False, model=BIASES, families=BIASED),
@@ -107,6 +116,15 @@ ROWS = (
     Row("telly", _with(inlay.Telly, frozen_layers=1), whole=True, exports=False),
     Row("lisa", _with(inlay.LISA, layers=1, every=1), whole=True, exports=False),
     Row("lisa-blocks", _with(inlay.LISA, layers=1, every=2, embeddings=False), whole=True, exports=False),
+    Row("green-trainer", _with(inlay.GreenTrainer, rho=0.6, every=3, cost="flops"), whole=True, exports=False),
+    Row(
+        "subtuning",
+        _with(inlay.SubTuning, layers=1, probe_steps=3),
+        whole=True,
+        exports=False,
+        data=True,
+    ),
+    Row("cofitune", _with(inlay.CoFiTune, depth=(0.5, 1.0), modules="both"), whole=True, exports=False, data=True),
     Row("hft", _with(inlay.HFT, redraw_every=2), whole=True, exports=False),
     Row("ia3", _with(inlay.IA3), exports=False),
     Row("ia3-nf4", _with(inlay.IA3), base="nf4", exports=False),
@@ -132,9 +150,29 @@ ROWS = (
 BY_NAME = {row.name: row for row in ROWS}
 
 
+def data_for(row: Row, batch: Callable[[int], Mapping[str, Any]] = text_batch) -> list[Mapping[str, Any]] | None:
+    """The calibration batches that a row chooses by, None if it does not."""
+    return [batch(seed) for seed in (900, 901, 900)] if row.data else None  # the last, maybe held out, is in the others
+
+
 def families_of(row: Row) -> tuple[str, ...]:
     """Names of the families that a row is tried on."""
     return row.families or tuple(family.name for family in FAMILIES)
+
+
+#: Families that every change is tried on; the others are slow tests.
+QUICK = ("llama", "gpt2", "bert", "t5", "gemma2")
+
+
+def pairs(rows: Iterable[Row]) -> list[Any]:
+    """Each row with each of its families, as pytest's parameters."""
+    return [
+        pytest.param(
+            row, BY_NAME_OF_FAMILIES[name], id=f"{row}-{name}", marks=() if name in QUICK else (pytest.mark.slow,)
+        )
+        for row in rows
+        for name in families_of(row)
+    ]
 
 
 def trainables(model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from comparing import assert_close, assert_equal
 from families import eval_logits, llama, text_batch
-from methods import ROWS, Row, families_of, shake, trainables
+from methods import ROWS, Row, data_for, pairs, shake, trainables
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -21,17 +21,15 @@ from inlay.state import tuned_linears
 BATCHES = [text_batch(seed) for seed in range(4)]
 LLAMA = families.BY_NAME["llama"]
 every_row = pytest.mark.parametrize("row", ROWS, ids=str)
-PAIRS = [(row, families.BY_NAME[name]) for row in ROWS for name in families_of(row)]
-on_every_family = pytest.mark.parametrize("row, family", PAIRS, ids=lambda value: str(value))
+on_every_family = pytest.mark.parametrize("row, family", pairs(ROWS))
 
 
-def tuned_by(row: Row, model: nn.Module | None = None, **options) -> nn.Module:
+def tuned_by(row: Row, model: nn.Module | None = None, family=LLAMA, **options) -> nn.Module:
     """A model tuned by a row; of options that name a module it lacks (lm_head) it is not asked."""
     model = llama(**row.model) if model is None else model
-    method = row.make(**options)
-    if method.modules_to_save and not hasattr(model, "lm_head"):
+    if row.make(**options).modules_to_save and not hasattr(model, "lm_head"):
         pytest.skip("this family has no lm_head of its own")
-    return inlay.tune(model, method, base=row.base)
+    return inlay.tune(model, row.make(**options), base=row.base, calibration=data_for(row, family.batch))
 
 
 def loss_of(model: nn.Module, batch=None) -> torch.Tensor:
@@ -72,7 +70,7 @@ def test_tuning_alone_changes_nothing(row, family):
     """Nor does a disabled adapter that has been trained; and everything that trains is fp32 and gets a gradient."""
     model = family.build()
     before = eval_logits(model, family.batch(0))
-    tuned = tuned_by(row, model)
+    tuned = tuned_by(row, model, family)
     held = trainables(tuned)
     assert held and all(parameter.dtype == torch.float32 for parameter in held.values())
     fresh = eval_logits(tuned, family.batch(0))
@@ -105,7 +103,8 @@ def test_micro_batches_add_up(row):
 @every_row
 def test_fused_blocks_and_loss_change_no_gradient(row):
     method = row.make()
-    plain = shake(inlay.tune(llama(**row.model), method, base=row.base, fused_blocks=False, fused_loss=False).train())
+    unfused = {"fused_blocks": False, "fused_loss": False, "calibration": data_for(row)}
+    plain = shake(inlay.tune(llama(**row.model), method, base=row.base, **unfused).train())
     fused = shake(tuned_by(row).train())
     wanted = gradients(plain)
     for name, grad in gradients(fused).items():
@@ -117,7 +116,7 @@ def test_fused_blocks_and_loss_change_no_gradient(row):
 
 @on_every_family
 def test_saved_and_loaded_it_is_the_same(row, family, tmp_path):
-    tuned = shake(tuned_by(row, family.build()))
+    tuned = shake(tuned_by(row, family.build(), family))
     tuned.save_pretrained(tmp_path)
     loaded = inlay.load(family.build(), tmp_path, base=row.base)
     assert_equal(eval_logits(loaded, family.batch(0)), eval_logits(tuned, family.batch(0)), "logits")
@@ -129,7 +128,7 @@ def test_saved_and_loaded_it_is_the_same(row, family, tmp_path):
 
 @on_every_family
 def test_merged_it_is_a_plain_model(row, family):
-    tuned = shake(tuned_by(row, family.build()))
+    tuned = shake(tuned_by(row, family.build(), family))
     wanted = eval_logits(tuned, family.batch(0))
     merged = inlay.merge(tuned)
     assert not any(isinstance(module, TunedLinear) for module in merged.modules())
@@ -223,11 +222,11 @@ def test_a_second_adapter(row, tmp_path):
     method = row.make(seed=5)
     if not row.shares:
         with pytest.raises(ValueError, match="wanted one adapter on a base"):
-            inlay.tune(tuned, method, adapter_name="second")
+            inlay.tune(tuned, method, adapter_name="second", calibration=data_for(row))
         return
     if not row.keeps_base:  # loftq starts from a dense base
         method = inlay.LoRA(r=4)
-    inlay.tune(tuned, method, adapter_name="second")
+    inlay.tune(tuned, method, adapter_name="second", calibration=data_for(row))
     shake(tuned, seed=1)
     second = eval_logits(tuned, BATCHES[0])
     assert not torch.equal(first, second)
@@ -349,7 +348,7 @@ def test_what_cannot_be_meant_is_refused(row):
         model = llama(**row.model)
         before = {name: type(module) for name, module in model.named_modules()}
         with pytest.raises(error, match="no_such|99"):
-            inlay.tune(model, row.make(**options), base=row.base)
+            inlay.tune(model, row.make(**options), base=row.base, calibration=data_for(row))
         assert {name: type(module) for name, module in model.named_modules()} == before
         assert all(parameter.requires_grad for parameter in model.parameters())
     tuned = tuned_by(row)

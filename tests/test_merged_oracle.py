@@ -11,7 +11,7 @@ import families
 import pytest
 import torch
 from comparing import assert_close, assert_series
-from methods import BY_NAME, ROWS, Row, families_of, shake, trainables
+from methods import BY_NAME, ROWS, Row, data_for, pairs, shake, trainables
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -25,12 +25,7 @@ from inlay.state import pieces_of, tuned_modules
 #: eps is large against the rounding of a gradient that is zero by construction (a key's bias), and AdamW would divide
 #: such a one by itself.
 STEPS, ADAMW = 5, {"lr": 3e-3, "weight_decay": 0.05, "eps": 1e-4}
-PAIRS = [
-    pytest.param(row, families.BY_NAME[name], id=f"{row}-{name}")
-    for row in ROWS
-    if row.make().pieces
-    for name in families_of(row)
-]
+PAIRS = pairs([row for row in ROWS if row.make().pieces])
 
 
 class Merged:
@@ -103,7 +98,9 @@ def check(row: Row, family: families.Family) -> None:
     method = row.make()
     if method.modules_to_save and not hasattr(tuned, "lm_head"):
         pytest.skip("this family has no lm_head of its own")
-    tuned = shake(inlay.tune(tuned, method, base=row.base).train(not row.dropout))
+    tuned = shake(
+        inlay.tune(tuned, method, base=row.base, calibration=data_for(row, family.batch)).train(not row.dropout)
+    )
     take_quantized(eager, tuned)
     tuned._modules.pop(SCHEDULES, None)  # what changes gradients beside the loss has tests of its own
     merged = Merged(eager.train(not row.dropout), tuned)

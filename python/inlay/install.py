@@ -21,7 +21,7 @@ from .nn.tuned_quantized import tuned
 from .nn.use_check import check_at_first_training_forward
 from .nn.whole import add_whole, check_whole
 from .pieces import Piece, Whole
-from .schedules import SCHEDULES, follow
+from .schedules import SCHEDULES, Schedule, follow
 from .sites import LinearSite, site_of
 from .state import (
     STATE_ATTRIBUTE,
@@ -47,6 +47,7 @@ def install(
     marks: dict[str, Any] | None = None,
     base: BaseConfig | None = None,
     whole: Mapping[str, Whole] | None = None,
+    schedule: Schedule | None = None,
     fused_blocks: bool = True,
     fused_loss: bool = True,
 ) -> nn.Module:
@@ -76,14 +77,12 @@ def install(
         install_head(model)
     add_whole(model, adapter_name, whole or {})
     activate(model, (adapter_name,))
-    _add_schedule(model, method, adapter_name)
+    if schedule is not None:
+        _add_schedule(model, schedule, adapter_name)
     return model
 
 
-def _add_schedule(model: nn.Module, method: Method, adapter_name: str) -> None:
-    schedule = method.schedule(model)
-    if schedule is None:
-        return
+def _add_schedule(model: nn.Module, schedule: Schedule, adapter_name: str) -> None:
     if SCHEDULES not in model._modules:
         model.add_module(SCHEDULES, nn.ModuleDict())
         handles = require_state(model, "install").handles

@@ -33,7 +33,8 @@ def completed(model: nn.Module, method: Method, plan: Plan, base: BaseConfig | N
         raise ValueError(f"{type(method).__name__} leaves nothing to train in this {type(model).__name__}")
     _check_apart(kept, whole)
     keys_of(model, whole)  # none of them is quantized or has a piece
-    return method, Plan({site: build for site, build in kept.values()}, whole)
+    schedule = plan.schedule if plan.schedule is not None else method.schedule(model)
+    return method, Plan({site: build for site, build in kept.values()}, whole, schedule)
 
 
 def _check_dense(model: nn.Module, method: Method, plan: Plan, base: BaseConfig) -> None:

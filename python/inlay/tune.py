@@ -83,6 +83,7 @@ def tune(
         marks=marks,
         base=config,
         whole=plan.whole,
+        schedule=plan.schedule,
         fused_blocks=fused_blocks,
         fused_loss=fused_loss,
     )

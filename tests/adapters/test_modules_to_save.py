@@ -246,7 +246,7 @@ def test_what_cannot_be():
     packed = inlay.tune(llama(), inlay.LoRA(target_modules=["q_proj"]), base="nf4")
     with pytest.raises(ValueError, match=r"up_proj is to be trained whole .* stored quantized"):
         inlay.tune(packed, inlay.LoRA(target_modules=["q_proj"], modules_to_save=["up_proj"]), adapter_name="b")
-    with pytest.raises(ValueError, match=r"q_proj is to be trained whole .* an adapter has a piece on"):
+    with pytest.raises(ValueError, match=r"q_proj\S* is to be trained whole .* an adapter has a piece on"):
         inlay.tune(packed, inlay.LoRA(target_modules=["k_proj"], modules_to_save=["q_proj"]), adapter_name="b")
     # a target by name keeps the head from training whole
     tuned = inlay.tune(classifier(), inlay.LoRA(target_modules=["q_proj", "score"]))

@@ -220,7 +220,7 @@ def test_a_template_without_ends_of_turns_is_said():
 
 
 def finetune(model, records, **options):
-    method = None if hasattr(model, "set_adapter") and inlay.model.state_of(model) else inlay.LoRA(r=2)
+    method = None if hasattr(model, "set_adapter") and inlay.state.state_of(model) else inlay.LoRA(r=2)
     return inlay.finetune(model, build_tokenizer(), records, method=method, max_steps=1, disable_tqdm=True, **options)
 
 

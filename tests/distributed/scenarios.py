@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import inlay
+from inlay.schedules import active_schedules
 
 GLOBAL_BATCH, TOKENS, STEPS = 4, 11, 4
 
@@ -22,6 +23,8 @@ METHODS = {
     "s2ft": methods.BY_NAME["s2ft"].make,
     "lora": lambda: methods.BY_NAME["lora"].make(lora_alpha=32),  # smaller, Adam would show roundings of A
     "exact": methods.BY_NAME["s2ft-exact"].make,
+    "lisa": lambda: inlay.LISA(layers=1, every=1),
+    "hft": lambda: inlay.HFT(redraw_every=2),
     "whole": lambda: inlay.S2FT(ratio=0.25, modules_to_save=["lm_head", "norm"]),
 }
 BASES = {"dense": None, "nf4": "nf4", "nested": inlay.BaseConfig("nf4", double_quant=True)}
@@ -49,6 +52,8 @@ PLAIN = [
     ),
     Scenario("ddp", "exact", "nf4"),
     Scenario("ddp", "whole", "dense"),
+    Scenario("ddp", "lisa", "dense"),
+    Scenario("ddp", "hft", "dense"),
     Scenario("fsdp", "whole", "nf4"),
     Scenario("fsdp", "exact", "nf4"),
     Scenario("fsdp", "s2ft", "nested"),
@@ -63,7 +68,12 @@ def shard(model: nn.Module) -> nn.Module:
     return fully_shard(model)
 
 
-ENGINES = {"ddp": DistributedDataParallel, "fsdp": shard}
+def replicate(model: nn.Module) -> nn.Module:
+    """DDP; where a schedule changes what trains, gradients have to be looked for."""
+    return DistributedDataParallel(model, find_unused_parameters=bool(active_schedules(model)))
+
+
+ENGINES = {"ddp": replicate, "fsdp": shard}
 
 
 def build(scenario: Scenario) -> nn.Module:

@@ -92,7 +92,7 @@ def test_calibration_leaves_the_model_as_it_was(strategy):
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     modes = {name: module.training for name, module in model.named_modules()}
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    inlay.S2FT(strategy=strategy).place(model, DATA)
+    inlay.S2FT(strategy=strategy).plan(model, DATA)
     assert_state_equal(model.state_dict(), before)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
     assert {name: module.training for name, module in model.named_modules()} == modes

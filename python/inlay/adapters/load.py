@@ -18,7 +18,6 @@ from ..nn.whole import check_whole, train_whole, whole_tensors
 from ..schedules import SCHEDULES
 from ..state import require_state, sample_of, sample_weights, state_of, tuned_modules
 from .files import CONFIG_NAME, FORMAT_VERSION, KEY_PREFIX, SCHEDULE, WEIGHTS_NAME, read_json, read_tensors
-from .from_peft import READERS
 from .whole_files import (
     check_complete,
     check_fingerprint,
@@ -96,6 +95,7 @@ def load_onto(
         marks=marks,
         base=base,
         whole=specs,
+        schedule=method.schedule(model),
         fused_blocks=fused_blocks,
         fused_loss=fused_loss,
     )
@@ -165,6 +165,9 @@ def put_schedule(model: nn.Module, name: str, points: dict[str, Tensor], where: 
         raise ValueError(
             f"{where}: wanted the state {sorted(wanted)} of a schedule, got {sorted(points)}; the file is incomplete"
         )
+    for key, value in points.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"{where}: {SCHEDULE}.{key} holds NaN or infinity; the file is corrupt: save it again")
     if schedule is not None:
         schedule.load_state_dict(points)
 
@@ -186,8 +189,8 @@ def method_of(config: dict[str, Any], where: Path) -> Method:
     kind, ours = config.get("peft_type"), config.get("inlay")
     if kind not in METHODS:
         raise ValueError(f"{where}: wanted an adapter of {sorted(METHODS)}, got peft_type={kind!r}")
-    if kind in READERS and "inlay" not in config:
-        return READERS[kind](config, where)
+    if ours is None and "inlay" not in config:
+        return METHODS[kind].from_peft(config, where)
     if not isinstance(ours, dict) or "options" not in ours:
         raise ValueError(f"{where}: wanted an adapter saved by inlay, got one without its 'inlay' section")
     if not isinstance(ours.get("format"), int) or not isinstance(ours["options"], dict):

@@ -100,7 +100,9 @@ def tune_without_data(model: nn.Module, method: Method | None, base: str | BaseC
     check_base_fits(model, method, pieces, config)
     if config is not None:
         method.quantize(model, config.leaving(plan.whole), pieces)
-    return install(model, method, pieces, DEFAULT_ADAPTER, sample={}, base=config, whole=plan.whole)
+    return install(
+        model, method, pieces, DEFAULT_ADAPTER, sample={}, base=config, whole=plan.whole, schedule=plan.schedule
+    )
 
 
 def text_batch(model: nn.Module, batch: int, seq: int) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
@@ -29,10 +30,12 @@ class Plan:
     Attributes:
         pieces: what builds the piece on each linear or other module.
         whole: how each tensor that trains whole is held, by state-dict key.
+        schedule: what changes between optimizer steps; None for what the method's :meth:`Method.schedule` says.
     """
 
     pieces: dict[Site, Builder] = field(default_factory=dict)
     whole: dict[str, Whole] = field(default_factory=dict)
+    schedule: Schedule | None = None
 
 
 #: Methods by the name an adapter file stores.
@@ -109,7 +112,7 @@ class Method:
         return Whole()
 
     def schedule(self, model: nn.Module) -> Schedule | None:
-        """What changes between optimizer steps; None if nothing does. ``model`` is tuned by this method already."""
+        """The schedule of a plan, without what it read from data: an adapter file holds that."""
         return None
 
     def restore(self, module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Piece:
@@ -149,6 +152,15 @@ class Method:
     def quantize(self, model: nn.Module, config: BaseConfig, pieces: Mapping[str, Any]) -> None:
         """Quantize the linears of ``model`` that ``config`` names, before ``pieces`` are put on them."""
         quantize_linears(model, config)
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], where: Path) -> Method:
+        """The method of an ``adapter_config.json`` of this ``peft_type`` that PEFT wrote.
+
+        Raises:
+            ValueError: PEFT's files of this kind cannot be read, or this one uses an option that is not here.
+        """
+        raise ValueError(f"{where}: wanted an adapter saved by inlay, got one without its 'inlay' section")
 
     def peft_fields(self, pieces: Mapping[str, Any]) -> dict[str, Any]:
         """The options as PEFT's config of this ``peft_type`` stores them; ``pieces``: those of the tuned modules."""

@@ -17,6 +17,15 @@ _VALUE = re.compile(r"(?:.*\.)?(?:v_proj|value|SelfAttention\.v|EncDecAttention\
 _ATTENTION = re.compile(r"attn|attention", re.I)
 
 
+_QUERY = re.compile(r"(?:.*\.)?(?:q_proj|q_b_proj|query|SelfAttention\.q|EncDecAttention\.q|q_lin|Wq)")
+_IN_ONE = re.compile(r"(?:.*\.)?(?:c_attn|query_key_value|qkv_proj|qkv|Wqkv|in_proj)")
+
+
+def is_query_or_value(name: str) -> bool:
+    """Whether the linear of this name makes queries or values, or all of attention's inputs in one."""
+    return any(pattern.fullmatch(name) for pattern in (_QUERY, _VALUE, _IN_ONE))
+
+
 def head_dim_of(model: nn.Module, name: str, role: str | None, channels: int) -> int | None:
     """Channels per head of the attention linear ``name``, or None if it is no attention linear.
 
@@ -73,3 +82,13 @@ def _from_config(config: Any, keys: tuple[str, ...]) -> int | None:
         return width
     hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
     return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
+
+
+def is_attention(model: nn.Module, name: str) -> bool:
+    """Whether the linear ``name`` is in an attention module, by the names and classes of what it is in."""
+    parts = name.split(".")
+    for depth in range(1, len(parts)):
+        path = ".".join(parts[:depth])
+        if _ATTENTION.search(parts[depth - 1]) or _ATTENTION.search(type(model.get_submodule(path)).__name__):
+            return not isinstance(model.get_submodule(path), nn.ModuleList)
+    return False

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from ..roles import roles
 from ..sites import LinearSite
 from ..targets import resolve, suffix_match
 from .base import Calibration, Method, Plan, register
+from .peft_files import options_in
 from .projections import fused_parts, is_fused, keys_and_values
 
 
@@ -89,6 +91,11 @@ class IA3(Method):
         side = "in" if held.shape[0] == 1 and held.shape[1] != 1 else "out"
         piece = self._build(module, side=side, channels=tensors.get("ia3_channels"), where=where)
         return piece.load(tensors, where)
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], where: Path) -> IA3:
+        ignored = ("fan_in_fan_out", "init_ia3_weights")
+        return cls(**options_in(config, ("feedforward_modules",), where, lambda option, value: option in ignored))
 
     def peft_fields(self, pieces: Mapping[str, Any]) -> dict[str, Any]:
         return {

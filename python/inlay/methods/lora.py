@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -22,6 +23,20 @@ from ..sites import LinearSite
 from ..targets import resolve
 from .base import Calibration, Method, Plan, check_one_of, register
 from .loftq import loftq
+from .peft_files import options_in
+
+#: Options of PEFT's config that say the same here.
+_IN_PEFT = ("r", "lora_alpha", "lora_dropout", "use_rslora")
+#: Initializations that leave the base as it is.
+_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+def _means_nothing(option: str, value: Any) -> bool:
+    """Whether a further option of PEFT's config changes nothing of what is computed."""
+    ignored = option in ("fan_in_fan_out", "megatron_config", "megatron_core", "qalora_group_size", "eva_config")
+    return (
+        ignored or (option == "bias" and value == "none") or (option == "init_lora_weights" and value in _PLAIN_INITS)
+    )
 
 
 @register
@@ -93,6 +108,10 @@ class LoRA(Method):
             return quantized
 
         quantize_linears(model, config, make)
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], where: Path) -> LoRA:
+        return cls(**options_in(config, _IN_PEFT, where, _means_nothing))
 
     def peft_fields(self, pieces: Mapping[str, Any]) -> dict[str, Any]:
         ours = ("init", "loftq_iterations", "seed")

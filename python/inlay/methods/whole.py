@@ -50,6 +50,12 @@ class TrainsWhole(Method):
         keys = self.keys(model, calibration)
         if not keys:
             raise ValueError(f"{type(self).__name__} found no tensor to train in this {type(model).__name__}")
+        packed = [key for key in keys if _is_packed(model, key)]
+        if packed:
+            raise ValueError(
+                f"{packed[0]} trains whole under {type(self).__name__}, and is stored quantized; load the model dense, "
+                "leave it out by exclude_modules, or train a delta on it (inlay.LoRA, inlay.S2FT)"
+            )
         return Plan(whole=dict.fromkeys(keys, self.holding))
 
     def keys(self, model: nn.Module, calibration: Calibration | None) -> list[str]:
@@ -57,24 +63,38 @@ class TrainsWhole(Method):
         raise NotImplementedError(f"{type(self).__name__} must define keys(model, calibration)")
 
     def candidates(self, model: nn.Module) -> list[str]:
-        """Keys of all parameters of ``model`` that the options do not exclude, tied ones once, in module order.
+        """Keys of all parameters of ``model`` that the options do not exclude, tied ones once, in module order; of a
+        quantized linear its ``weight``.
 
         Raises:
             ValueError: a target, an exclusion or a layer names none.
         """
-        keys = [key for key, p in model.named_parameters() if p.is_floating_point() and _is_dense(model, key)]
+        keys = _all_keys(model)
         targets = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
         if targets is not None and targets != ["all-linear"]:
             keys = [key for key in keys if _named(key, _each_names(targets, keys, "target_modules"))]
         if self.exclude_modules is not None:
             excluded = [self.exclude_modules] if isinstance(self.exclude_modules, str) else self.exclude_modules
             keys = [key for key in keys if not _named(key, _each_names(excluded, keys, "exclude_modules"))]
-        return _in_layers(model, keys, self.layers_to_transform)
+        return in_layers(model, keys, self.layers_to_transform)
 
 
-def _is_dense(model: nn.Module, key: str) -> bool:
+def _all_keys(model: nn.Module) -> list[str]:
+    found: dict[str, None] = {}
+    for key, parameter in model.named_parameters():
+        path, _, name = key.rpartition(".")
+        if ".deltas." in key:
+            continue
+        if isinstance(model.get_submodule(path), QuantizedWeight) and name != "bias":
+            found[f"{path}.weight"] = None
+        elif parameter.is_floating_point():
+            found[key] = None
+    return list(found)
+
+
+def _is_packed(model: nn.Module, key: str) -> bool:
     path, _, name = key.rpartition(".")
-    return ".deltas." not in key and (name == "bias" or not isinstance(model.get_submodule(path), QuantizedWeight))
+    return name != "bias" and isinstance(model.get_submodule(path), QuantizedWeight)
 
 
 def _named(key: str, entries: Iterable[str]) -> bool:
@@ -92,7 +112,7 @@ def _each_names(entries: Sequence[str], keys: Sequence[str], option: str) -> Seq
     return entries
 
 
-def _in_layers(model: nn.Module, keys: list[str], layers: int | Sequence[int] | None) -> list[str]:
+def in_layers(model: nn.Module, keys: list[str], layers: int | Sequence[int] | None) -> list[str]:
     """The keys in the blocks of these numbers; all for None."""
     if layers is None:
         return keys

@@ -139,6 +139,12 @@ def start(model: nn.Module) -> None:
         schedule.apply(Run(model, adapter))
 
 
+def may_train(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What an optimizer should have: all that requires a gradient, or that a schedule may come to choose."""
+    ids = {id(p) for adapter in active_schedules(model) for p in Run(model, adapter).parameters().values()}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad or id(p) in ids}
+
+
 def active_schedules(model: nn.Module) -> dict[str, Any]:
     """The schedules of the active adapters of ``model``."""
     held: Any = model._modules.get(SCHEDULES)

@@ -18,6 +18,7 @@ from ..coverage import tuned_line
 from ..data import Collator, TrainingData, check_samples_stay_apart, prepare, show_mask
 from ..data.formats import RecordSource
 from ..nn.head import FusedCausalLoss
+from ..schedules import active_schedules
 from ..state import state_of
 from ..tune import tune
 from .arguments import training_arguments as build_arguments
@@ -109,6 +110,8 @@ def finetune(
     if resume and not fresh_optimizer:
         check_resumable(resume, arguments.output_dir)
     model = _tuned(model, method, base)
+    if active_schedules(model) and arguments.ddp_find_unused_parameters is None:
+        arguments.ddp_find_unused_parameters = True  # what trains changes, and DDP counts gradients
     options = {"max_length": max_length, "train_on_inputs": train_on_inputs, "chat_template": chat_template}
     with arguments.main_process_first() if data_folder is not None else nullcontext():  # the others find it done
         train_data = _prepared(data, tokenizer, options | {"folder": data_folder})

@@ -15,7 +15,7 @@ from ..state import require_state
 
 
 def check_processes_agree(model: nn.Module) -> None:
-    """Compare what is not sent around: the deltas' buffers (indices) and a few base weights. Call it in every process.
+    """Compare what is not sent around: pieces' buffers (indices), what trains, a few base weights; in every process.
 
     DDP adds up gradients by position; where processes trained different channels the sum would mean nothing.
 
@@ -27,6 +27,8 @@ def check_processes_agree(model: nn.Module) -> None:
     for name, buffer in model.named_buffers():
         if ".deltas." in name:
             held = zlib.crc32(whole(buffer).cpu().contiguous().view(-1).view(torch.uint8).numpy(), held)
+    for name, parameter in model.named_parameters():
+        held = zlib.crc32(f"{name} {parameter.requires_grad}".encode(), held)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, held)
     if len(set(everyone)) > 1:

@@ -19,6 +19,8 @@ from ..data.collate import count_padding
 from ..data.masking import IGNORED
 from ..data.sampling import LengthGroupedSampler
 from ..nn.head import losses_only
+from ..schedules import may_train
+from ..state import state_of
 from .memory import return_free_memory
 
 #: Names of ``optim`` that transformers gives bitsandbytes' AdamW with 8-bit states; ours stores the same.
@@ -59,7 +61,7 @@ class Trainer(transformers.Trainer):
         from ..optim import AdamW, AdamW8bit
 
         decayed = set(self.get_decay_parameter_names(model))
-        trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        trainable = list(may_train(model).items())
         groups = [
             {"params": [p for name, p in trainable if name in decayed], "weight_decay": self.args.weight_decay},
             {"params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0},
@@ -70,6 +72,8 @@ class Trainer(transformers.Trainer):
             lr=self.args.learning_rate,
             betas=(self.args.adam_beta1, self.args.adam_beta2),
             eps=self.args.adam_epsilon,
+            rounding=rounding_of(model),
+            seed=self.args.seed,
         )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
@@ -135,6 +139,13 @@ class Trainer(transformers.Trainer):
             return value
         held = torch.tensor(value, dtype=torch.float32, device=self.args.device)
         return float(self.accelerator.reduce(held, "sum"))
+
+
+def rounding_of(model: nn.Module) -> str:
+    """How AdamW rounds 16-bit weights that train: as the active method says, else exactly."""
+    state = state_of(model)
+    wanted = [getattr(state.methods[name], "rounding", "residual") for name in state.active] if state else []
+    return "stochastic" if "stochastic" in wanted else "residual"
 
 
 class StepTimer(TrainerCallback):

@@ -1,0 +1,80 @@
+"""Trials: train some weights for a few steps to see what it does, and put everything back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..optim import AdamW
+
+#: Batches of keyword arguments for the model's forward, with labels.
+Batches = Sequence[Mapping[str, Any]]
+
+
+@contextmanager
+def trial(model: nn.Module, keys: Iterable[str]) -> Iterator[dict[str, nn.Parameter]]:
+    """Within this context the parameters ``keys`` train, and no other; what they became is undone at its end.
+
+    Also put back: buffers, every ``requires_grad`` and ``grad``, modes, and the state of the random number generators.
+    """
+    chosen = {key: model.get_parameter(key) for key in keys}
+    before = {p: (p.requires_grad, p.grad) for p in model.parameters()}
+    modes = {module: module.training for module in model.modules()}
+    held: list[tuple[Tensor, Tensor]] = [(t.detach(), t.detach().clone()) for t in (*chosen.values(), *model.buffers())]
+    ours = {id(p) for p in chosen.values()}
+    try:
+        for parameter in before:
+            parameter.requires_grad_(id(parameter) in ours)
+            parameter.grad = None
+        with torch.random.fork_rng(devices=[]):
+            yield chosen
+    finally:
+        with torch.no_grad():
+            for tensor, value in held:
+                tensor.copy_(value)
+        for parameter, (requires_grad, grad) in before.items():
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+        for module, training in modes.items():
+            module.training = training
+
+
+def train_some(
+    model: nn.Module, parameters: Iterable[nn.Parameter], batches: Batches, steps: int, lr: float, seed: int = 0
+) -> None:
+    """``steps`` steps of AdamW on ``batches``, again and again, in training mode.
+
+    Raises:
+        ValueError: there is no batch, or the model returns no loss.
+    """
+    if not batches:
+        raise ValueError("this choice wants calibration data, got none; pass tune(..., calibration=[{...}, ...])")
+    optimizer = AdamW([p for p in parameters], lr=lr, weight_decay=0.0, rounding="residual")
+    model.train()
+    torch.manual_seed(seed)
+    for batch in islice(cycle(batches), steps):
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+
+
+def loss_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The model's loss on ``batch``, moved to its device; ValueError if it returns none."""
+    device = next(model.parameters()).device
+    out = model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+    loss = getattr(out, "loss", None)
+    if loss is None:
+        raise ValueError("this choice wants calibration batches with labels; the model returned no loss")
+    return loss
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Batches) -> float:
+    """The mean of the losses on ``batches``, in eval mode."""
+    model.eval()
+    return sum(float(loss_of(model, batch)) for batch in batches) / len(batches)
