@@ -49,9 +49,12 @@ INLAY_OP(swiglu_backward,
 INLAY_OP(rms_norm_forward, (const TensorView& y, const TensorView& rstd, const TensorView& x,
                             const TensorView& weight, double eps, double offset))
 
-// t = dy·(offset + weight)   dx = rstd·(t − x·rstd²·mean(t·x))     dx, dy, x float [M, H]
-INLAY_OP(rms_norm_backward, (const TensorView& dx, const TensorView& dy, const TensorView& x,
-                             const TensorView& weight, const TensorView& rstd, double offset))
+// t = dy·(offset + weight)   dx = rstd·(t − x·rstd²·mean(t·x))   dweight[j] = Σ_m dy[m, j]·x[m, j]·rstd[m]
+// dx, dy, x float [M, H]; dweight [H] of any float dtype; one of the two may be None
+// sums f32 [P, H], of any content: scratch for dweight, a row for each of P ≥ 1 shares of the rows; or None
+INLAY_OP(rms_norm_backward,
+         (const TensorView& dx, const TensorView& dweight, const TensorView& sums, const TensorView& dy,
+          const TensorView& x, const TensorView& weight, const TensorView& rstd, double offset))
 
 // y1 = x1·cos1 − x2·sin1   y2 = x2·cos2 + x1·sin2       halves of the first R channels; the others are copied
 // inverse: y1 = x1·cos1 + x2·sin2   y2 = x2·cos2 − x1·sin1         (the transposed map)

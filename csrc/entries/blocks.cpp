@@ -6,7 +6,7 @@ namespace inlay {
 namespace {
 
 void check_norm_weight(const char* op, const TensorView& weight, int64_t width) {
-  if (!weight.data && weight.ndim == 0) return;
+  if (!given(weight)) return;
   check_float(op, "weight", weight);
   check_vector(op, "weight", weight, width);
 }
@@ -55,16 +55,22 @@ void rms_norm_forward(const TensorView& y, const TensorView& rstd, const TensorV
   run(op, &KernelTable::rms_norm_forward, y, rstd, x, weight, eps, offset);
 }
 
-void rms_norm_backward(const TensorView& dx, const TensorView& dy, const TensorView& x,
-                       const TensorView& weight, const TensorView& rstd, double offset) {
+void rms_norm_backward(const TensorView& dx, const TensorView& dweight, const TensorView& sums,
+                       const TensorView& dy, const TensorView& x, const TensorView& weight,
+                       const TensorView& rstd, double offset) {
   constexpr const char* op = "rms_norm_backward";
   check_lead(op, "x", x);
-  check_like(op, "dx", dx, x);
   check_like(op, "dy", dy, x);
+  if (given(dx) || !given(dweight)) check_like(op, "dx", dx, x);
+  if (given(dweight)) {
+    check_float(op, "dweight", dweight);
+    check_vector(op, "dweight", dweight, x.shape[1]);
+    check_sums(op, sums, x.shape[1]);
+  }
   check_dtype(op, "rstd", rstd, DType::f32);
   check_vector(op, "rstd", rstd, x.shape[0]);
   check_norm_weight(op, weight, x.shape[1]);
-  run(op, &KernelTable::rms_norm_backward, dx, dy, x, weight, rstd, offset);
+  run(op, &KernelTable::rms_norm_backward, dx, dweight, sums, dy, x, weight, rstd, offset);
 }
 
 void rope_rotate(const TensorView& y, const TensorView& x, const TensorView& cos, const TensorView& sin,

@@ -46,7 +46,7 @@ def _examples():
         "swiglu_forward": (x, x.clone(), "silu"),
         "swiglu_backward": (x, x.clone(), x.clone(), "gelu", INDICES),
         "rms_norm_forward": (x, torch.randn(8), 1e-5, 1.0),
-        "rms_norm_backward": (x, x.clone(), None, torch.rand(4), 0.0),
+        "rms_norm_backward": (x, x.clone(), torch.randn(8), torch.rand(4), 0.0, True, True),
         "rope_rotate": (q, q.clone(), cos, cos.clone(), True),
         "cross_entropy_chunk_": (acc, torch.tensor([1, 2, 3, 0]), 0.5, True),
         "causal_attention_backward": _attention_example(),
@@ -92,7 +92,7 @@ def test_results_do_not_depend_on_threads(name):
             "swiglu_backward": (hidden, hidden * 2, hidden + 1, "silu", chosen),
             "swiglu_forward": (hidden, hidden * 2, "silu"),
             "rms_norm_forward": (hidden, torch.randn(width), 1e-5, 0.0),
-            "rms_norm_backward": (hidden, hidden + 1, torch.randn(width), torch.rand(301), 0.0),
+            "rms_norm_backward": (hidden, hidden + 1, torch.randn(width), torch.rand(301), 0.0) + (True, True),
             "cross_entropy_chunk_": (hidden, torch.randint(0, width, (301,)), 1.0, True),
             "submatrix_add": (hidden, acc),
         }
