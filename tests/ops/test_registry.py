@@ -47,6 +47,8 @@ def _examples():
         "swiglu_backward": (x, x.clone(), x.clone(), "gelu", INDICES),
         "rms_norm_forward": (x, torch.randn(8), 1e-5, 1.0),
         "rms_norm_backward": (x, x.clone(), torch.randn(8), torch.rand(4), 0.0, True, True),
+        "scale_shift_forward": (x, torch.randn(8), torch.randn(8), None),
+        "scale_shift_backward": (x, x.clone(), torch.randn(8), None, True, True, True),
         "rope_rotate": (q, q.clone(), cos, cos.clone(), True),
         "cross_entropy_chunk_": (acc, torch.tensor([1, 2, 3, 0]), 0.5, True),
         "causal_attention_backward": _attention_example(),
@@ -93,6 +95,8 @@ def test_results_do_not_depend_on_threads(name):
             "swiglu_forward": (hidden, hidden * 2, "silu"),
             "rms_norm_forward": (hidden, torch.randn(width), 1e-5, 0.0),
             "rms_norm_backward": (hidden, hidden + 1, torch.randn(width), torch.rand(301), 0.0) + (True, True),
+            "scale_shift_forward": (hidden, torch.randn(width), torch.randn(width), None),
+            "scale_shift_backward": (hidden, hidden + 1, torch.randn(width), None, True, True, True),
             "cross_entropy_chunk_": (hidden, torch.randint(0, width, (301,)), 1.0, True),
             "submatrix_add": (hidden, acc),
         }
