@@ -49,9 +49,26 @@ INLAY_OP(swiglu_backward,
 INLAY_OP(rms_norm_forward, (const TensorView& y, const TensorView& rstd, const TensorView& x,
                             const TensorView& weight, double eps, double offset))
 
-// t = dy·(offset + weight)   dx = rstd·(t − x·rstd²·mean(t·x))     dx, dy, x float [M, H]
-INLAY_OP(rms_norm_backward, (const TensorView& dx, const TensorView& dy, const TensorView& x,
-                             const TensorView& weight, const TensorView& rstd, double offset))
+// t = dy·(offset + weight)   dx = rstd·(t − x·rstd²·mean(t·x))   dweight[j] = Σ_m dy[m, j]·x[m, j]·rstd[m]
+// dx, dy, x float [M, H]; dweight [H] of any float dtype; one of the two may be None
+// sums f32 [P, H], of any content: scratch for dweight, a row for each of P ≥ 1 shares of the rows; or None
+INLAY_OP(rms_norm_backward,
+         (const TensorView& dx, const TensorView& dweight, const TensorView& sums, const TensorView& dy,
+          const TensorView& x, const TensorView& weight, const TensorView& rstd, double offset))
+
+// y[m, c] = round(gamma·x[m, c] + beta), at every channel c or at the indices; the other channels are copied
+// y, x float [M, K]; gamma, beta f32 [K], or [s] with indices, one of them possibly None (1, 0); indices or
+// None
+INLAY_OP(scale_shift_forward, (const TensorView& y, const TensorView& x, const TensorView& gamma,
+                               const TensorView& beta, const TensorView& indices))
+
+// dx = gamma·dy, at the indices or at all   dgamma[j] = Σ_m dy·x   dbeta[j] = Σ_m dy
+// dx, dy float [M, K]; x float [M, K] or [M, s], the chosen channels; dgamma, dbeta, gamma f32 [K] or [s]
+// dx (with gamma), dgamma (with x) and dbeta may be None, but one of the last two is given
+// sums f32 [P, n], n the numbers of dgamma and dbeta together: scratch as above
+INLAY_OP(scale_shift_backward,
+         (const TensorView& dx, const TensorView& dgamma, const TensorView& dbeta, const TensorView& sums,
+          const TensorView& dy, const TensorView& x, const TensorView& gamma, const TensorView& indices))
 
 // y1 = x1·cos1 − x2·sin1   y2 = x2·cos2 + x1·sin2       halves of the first R channels; the others are copied
 // inverse: y1 = x1·cos1 + x2·sin2   y2 = x2·cos2 − x1·sin1         (the transposed map)

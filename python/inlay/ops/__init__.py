@@ -8,6 +8,7 @@ from inlay.ops.base_products import DenseBase, DenseBaseT
 from inlay.ops.cross_entropy import linear_cross_entropy
 from inlay.ops.rms_norm import rms_norm
 from inlay.ops.rope import rope
+from inlay.ops.scale_shift import scale_shift
 from inlay.ops.submatrix import submatrix_write_
 from inlay.ops.submatrix_linear import submatrix_add_delta, submatrix_linear, submatrix_linear_in_place
 from inlay.ops.swiglu import swiglu, swiglu_linear, swiglu_submatrix_linear
@@ -24,6 +25,7 @@ __all__ = [
     "linear_cross_entropy",
     "rms_norm",
     "rope",
+    "scale_shift",
     "submatrix_add_delta",
     "submatrix_linear",
     "submatrix_linear_in_place",
