@@ -24,6 +24,9 @@ namespace avx2 {
 namespace avx512 {
 #include "ops.h"
 }
+namespace avx512_bf16 {
+#include "ops.h"
+}
 namespace amx {
 #include "ops.h"
 }
@@ -65,6 +68,15 @@ constexpr KernelTable kAvx512 = {
 };
 #undef INLAY_OP
 
+// Those of avx512, but where products of bf16 pairs pay.
+constexpr KernelTable kAvx512Bf16 = [] {
+  KernelTable table = kAvx512;
+  table.isa = "avx512_bf16";
+  table.attention_forward = &avx512_bf16::attention_forward;
+  table.attention_backward = &avx512_bf16::attention_backward;
+  return table;
+}();
+
 #define INLAY_OP(name, args) &amx::name,
 #define INLAY_CUDA_OP(name, args) nullptr,
 constexpr KernelTable kAmx = {
@@ -104,7 +116,7 @@ bool may_use_tiles() {
 }
 
 struct CpuFeatures {
-  bool avx2 = false, avx512 = false, amx = false;
+  bool avx2 = false, avx512 = false, avx512_bf16 = false, amx = false;
 
   CpuFeatures() {
     unsigned a = 0, b = 0, c = 0, d = 0;
@@ -119,8 +131,9 @@ struct CpuFeatures {
     constexpr unsigned kAmx = (1u << 22) | (1u << 24);  // bf16, tile
     avx512 = avx2 && (saved & kZmm) == kZmm && (b & kAvx512) == kAvx512;
     amx = avx512 && (saved & kTiles) == kTiles && (d & kAmx) == kAmx && may_use_tiles();
-    constexpr unsigned kAvx512Bf16 = 1u << 5;  // of another leaf; every CPU with tiles has it
-    amx = amx && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvx512Bf16);
+    constexpr unsigned kBf16 = 1u << 5;  // of another leaf; every CPU with tiles has it
+    avx512_bf16 = avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kBf16);
+    amx = amx && avx512_bf16;
   }
 };
 
@@ -135,6 +148,7 @@ std::vector<const KernelTable*> available() {
 #if defined(INLAY_HAVE_avx2)
   if (cpu().avx2) tables.push_back(&kAvx2);
   if (cpu().avx512) tables.push_back(&kAvx512);
+  if (cpu().avx512_bf16) tables.push_back(&kAvx512Bf16);
   if (cpu().amx) tables.push_back(&kAmx);
 #endif
   return tables;
@@ -204,7 +218,7 @@ std::vector<std::string> available_isas() {
 std::vector<std::string> built_isas() {
   std::vector<std::string> names = {"scalar"};
 #if defined(INLAY_HAVE_avx2)
-  names.insert(names.end(), {"avx2", "avx512", "amx"});
+  names.insert(names.end(), {"avx2", "avx512", "avx512_bf16", "amx"});
 #endif
   return names;
 }

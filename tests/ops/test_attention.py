@@ -42,7 +42,7 @@ def _case(dtype, batch=2, heads=4, groups=2, tokens=37, width=32, spread=1.0):
 def test_against_float64(path, dtype, shape):
     q, k, v, cotangent = _case(dtype, **shape)
     wide_inputs = [t.requires_grad_() for t in wide(q, k, v)]
-    exact, eager, ours = _eager(*wide_inputs), _eager(q, k, v), ops.causal_attention(q, k, v)
+    exact, eager, ours = _eager(*wide_inputs), _eager(q, k, v), ops.attention(q, k, v)
     assert_as_good(ours, eager, exact, "output")
     # One token sees only itself: dq and dk cancel to 0, and the rounding of their terms is left.
     for name, got, plain, wanted in zip(
@@ -57,16 +57,16 @@ def test_against_float64(path, dtype, shape):
 
 def test_scale(path):
     q, k, v, cotangent = _case(torch.float32)
-    ours = grads(ops.causal_attention(q, k, v, 0.3), [q, k, v], [cotangent])
+    ours = grads(ops.attention(q, k, v, 0.3), [q, k, v], [cotangent])
     torch.testing.assert_close(ours, grads(_eager(q, k, v, 0.3), [q, k, v], [cotangent]), rtol=1e-4, atol=1e-5)
 
 
 def test_expanded_cotangent_and_contiguous_inputs(path):
     q, k, v, _ = _case(torch.bfloat16)
-    wanted = grads(ops.causal_attention(q, k, v), [q, k, v], [torch.ones(2, 4, 37, 32)])
+    wanted = grads(ops.attention(q, k, v), [q, k, v], [torch.ones(2, 4, 37, 32)])
     dense = [t.detach().contiguous().requires_grad_() for t in (q, k, v)]
     ones = torch.ones((), dtype=q.dtype).expand(2, 4, 37, 32)
-    for name, got, want in zip(NAMES, grads(ops.causal_attention(*dense), dense, [ones]), wanted, strict=True):
+    for name, got, want in zip(NAMES, grads(ops.attention(*dense), dense, [ones]), wanted, strict=True):
         assert_bits(got, want, name)
 
 
@@ -74,13 +74,13 @@ def test_keeps_five_tensors():
     q, k, v, _ = _case(torch.bfloat16)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        o = ops.causal_attention(q, k, v)
+        o = ops.attention(q, k, v)
     assert len({t.data_ptr() for t in saved}) == 5 and o.data_ptr() in {t.data_ptr() for t in saved}
 
 
 def test_bad_input(path):
     q, k, v, _ = _case(torch.float32, heads=4, groups=2)
     with pytest.raises(ValueError, match="multiple of Hk"):
-        ops.causal_attention(q[:, :3], k, v)
+        ops.attention(q[:, :3], k, v)
     with pytest.raises(TypeError, match="k: wanted"):
-        ops.causal_attention(q, k.bfloat16(), v)
+        ops.attention(q, k.bfloat16(), v)
