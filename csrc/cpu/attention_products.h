@@ -203,10 +203,7 @@ void multiply_tile(float* c, int64_t ldc, Start start, const float* factors, con
   constexpr int64_t kW = Vec::kWidth;
   Vec sums[M][N];
   for (int64_t m = 0; m < M; ++m)
-    for (int64_t n = 0; n < N; ++n) sums[m][n] = start == Start::zero ? Vec(0.0f) : load(c + m * ldc + n * kW);
-  if (start == Start::scaled)
-    for (int64_t m = 0; m < M; ++m)
-      for (int64_t n = 0; n < N; ++n) sums[m][n] = sums[m][n] * Vec(factors[m]);
+    for (int64_t n = 0; n < N; ++n) sums[m][n] = Vec(0.0f);
   for (int64_t k = 0; k < depth; ++k, b += ldb, a += kColumns ? lda : 1) {
     Vec right[N];
     for (int64_t n = 0; n < N; ++n) right[n] = load(b + n * kW);
@@ -215,8 +212,13 @@ void multiply_tile(float* c, int64_t ldc, Start start, const float* factors, con
       for (int64_t n = 0; n < N; ++n) sums[m][n] = multiply_add<kPairs>(left, right[n], sums[m][n]);
     }
   }
-  for (int64_t m = 0; m < M; ++m)
-    for (int64_t n = 0; n < N; ++n) store(c + m * ldc + n * kW, sums[m][n]);
+  const auto finish = [&](auto&& with) {  // c is read last: before the loop, 24 registers of it would be spilled
+    for (int64_t m = 0; m < M; ++m)
+      for (int64_t n = 0; n < N; ++n) store(c + m * ldc + n * kW, with(m, sums[m][n], c + m * ldc + n * kW));
+  };
+  if (start == Start::zero) return finish([](int64_t, Vec sum, const float*) { return sum; });
+  if (start == Start::sum) return finish([](int64_t, Vec sum, const float* at) { return load(at) + sum; });
+  finish([&](int64_t m, Vec sum, const float* at) { return fma(load(at), Vec(factors[m]), sum); });
 }
 
 // Calls f(Count<n>{}) for n in [1, kMost].
