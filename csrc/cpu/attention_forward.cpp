@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kPieceRows = 512;  // packing keys for them is 3% of the work at width 64
 constexpr float kLowest = -1e30f;    // below any score; finite, so that differences of two are no NaN
 
-template <bool kPairs>
+template <class E>
 struct Buffers {
   int64_t units, lead, padded;    // of a row; rounded up to whole Vecs; width rounded up to whole Vecs
   float *keys, *values;           // rows [keys, units], groups [keys / step, padded]
@@ -25,11 +25,12 @@ struct Buffers {
   int64_t bytes;
 
   Buffers(const Sizes& sizes, char* memory)
-      : units(units_of<kPairs>(sizes.width)),
+      : units(units_of<E>(sizes.width)),
         lead(round_up(units, Vec::kWidth)),
         padded(round_up(sizes.width, Vec::kWidth)) {
     Arena arena(memory);
-    arena.take(keys, sizes.keys * units), arena.take(values, units_of<kPairs>(sizes.keys) * padded);
+    arena.take(keys, round_up(sizes.keys, E::kRows) * units);
+    arena.take(values, round_up(units_of<E>(sizes.keys), E::kDepth) * padded);
     arena.take(q_rows, kLanes * lead), arena.take(q, lead * kLanes);
     arena.take(scores, kKeys * kLanes), arena.take(p, kKeys * kLanes);
     arena.take(high, kLanes), arena.take(total, kLanes), arena.take(factors, kLanes);
@@ -38,15 +39,16 @@ struct Buffers {
   }
 };
 
-template <bool kPairs>
-inline void score(const Buffers<kPairs>& b, const Visible& visible, const float* keys) {
-  for (int64_t key = 0; key < visible.keys; key += kTileRows) {
-    const int64_t count = least(visible.keys - key, kTileRows);
-    const Range vecs = visible.of_keys(key, count);
+template <class E>
+inline void score(const Buffers<E>& b, const Visible& visible, const float* keys) {
+  for (int64_t key = 0; key < visible.keys; key += E::kRows) {
+    const int64_t count = least(visible.keys - key, E::kRows);
+    const Range vecs = visible.of_keys(E{}, key, count);
     const int64_t lane = vecs.begin * Vec::kWidth;
     if (!vecs.empty())
-      multiply<kPairs, false>(b.scores + key * kLanes + lane, kLanes, Start::zero, nullptr, keys + key * b.units,
-                              b.units, b.q + lane, kLanes, b.units, count, vecs.end - vecs.begin);
+      multiply(E{}, b.scores + key * kLanes + lane, kLanes, Start::zero, nullptr,
+               ByRows{keys + key * b.units, b.units}, b.q + lane, kLanes, b.units, count,
+               vecs.end - vecs.begin);
   }
 }
 
@@ -65,24 +67,25 @@ inline Vec largest(const float* scores, const Visible& visible, int64_t v, float
 }
 
 // P of Vec v as units; returns its sum over the keys.
-template <bool kPairs>
-inline Vec exponentials(float* p, const float* scores, const Visible& visible, int64_t v, float scale, Vec high) {
-  constexpr int64_t kS = kStep<kPairs>;
+template <class E>
+inline Vec exponentials(float* p, const float* scores, const Visible& visible, int64_t v, float scale,
+                        Vec high) {
+  constexpr int64_t kS = E::kStep;
   const Vec factor(scale), offset = Vec(0.0f) - high;
   const auto open = [&](int64_t key) {
-    return power_of_two<kPairs>(fma(load(scores + key * kLanes), factor, offset));
+    return power_of_two<E>(fma(load(scores + key * kLanes), factor, offset));
   };
   const auto masked = [&](int64_t key) {
     return key < visible.keys ? visible.choose(v, key, open(key), Vec(0.0f)) : Vec(0.0f);
   };
   const Range some = visible.some[v], all = visible.all[v];
-  const int64_t units = units_of<kPairs>(visible.keys), first = some.begin / kS, end = units_of<kPairs>(some.end),
-                open_begin = units_of<kPairs>(all.begin), open_end = all.end / kS;
+  const int64_t units = round_up(units_of<E>(visible.keys), E::kDepth), first = some.begin / kS,
+                end = units_of<E>(some.end), open_begin = units_of<E>(all.begin), open_end = all.end / kS;
   Vec total(0.0f);
   const auto unit = [&](int64_t u, auto&& of) {
-    const Vec even = of(u * kS), odd = kPairs ? of(u * kS + 1) : Vec(0.0f);
+    const Vec even = of(u * kS), odd = kPaired<E> ? of(u * kS + 1) : Vec(0.0f);
     total = total + (even + odd);
-    store_units(p + u * kLanes, even, odd, Count<kPairs>{});
+    store_units(p + u * kLanes, even, odd, E{});
   };
   int64_t u = 0;
   for (; u < first; ++u) store(p + u * kLanes, Vec(0.0f));
@@ -93,36 +96,35 @@ inline Vec exponentials(float* p, const float* scores, const Visible& visible, i
   return total;
 }
 
-template <bool kPairs>
-inline void normalize(const Buffers<kPairs>& b, const Visible& visible, float scale) {
+template <class E>
+inline void normalize(const Buffers<E>& b, const Visible& visible, float scale) {
   for (int64_t v = 0; v < visible.vecs; ++v) {
     const int64_t lane = v * Vec::kWidth;
     const Vec before = load(b.high + lane), high = largest(b.scores + lane, visible, v, scale, before);
-    const Vec factor = power_of_two<false>(before - high);
-    const Vec total = exponentials<kPairs>(b.p + lane, b.scores + lane, visible, v, scale, high);
+    const Vec factor = power_of_two<Singles>(before - high);
+    const Vec total = exponentials<E>(b.p + lane, b.scores + lane, visible, v, scale, high);
     store(b.high + lane, high);
     store(b.factors + lane, factor);
     store(b.total + lane, fma(load(b.total + lane), factor, total));
   }
 }
 
-template <bool kPairs>
-inline void add_values(const Buffers<kPairs>& b, const Visible& visible, const float* values) {
-  for (int64_t r = 0; r < visible.rows; r += kTileRows) {
-    const int64_t count = least(visible.rows - r, kTileRows);
-    const Range keys = visible.of_rows(r, count);
-    const int64_t from = keys.begin / kStep<kPairs>, depth = units_of<kPairs>(keys.end) - from;
-    multiply<kPairs, true>(b.out + r * b.padded, b.padded, Start::scaled, b.factors + r,
-                           b.p + from * kLanes + r, kLanes, values + from * b.padded, b.padded,
-                           keys.empty() ? 0 : depth, count, b.padded / Vec::kWidth);
+template <class E>
+inline void add_values(const Buffers<E>& b, const Visible& visible, const float* values) {
+  for (int64_t r = 0; r < visible.rows; r += E::kRows) {
+    const int64_t count = least(visible.rows - r, E::kRows);
+    const Range keys = visible.of_rows(E{}, r, count);
+    multiply(E{}, b.out + r * b.padded, b.padded, Start::scaled, b.factors + r,
+             ByColumns{b.p + keys.begin * kLanes + r, kLanes}, values + keys.begin * b.padded, b.padded,
+             keys.end - keys.begin, count, b.padded / Vec::kWidth);
   }
 }
 
-template <bool kPairs, class T>
-inline void load_queries(const Buffers<kPairs>& b, const Rows<const T>& q, int64_t first, int64_t count,
+template <class E, class T>
+inline void load_queries(const Buffers<E>& b, const Rows<const T>& q, int64_t first, int64_t count,
                          int64_t width) {
-  pack_rows<kPairs, T>(b.q_rows, b.lead, q, first, count, width);
-  transpose_units(b.q, kLanes, b.q_rows, b.lead, count, b.lead);
+  pack_rows<E, T>(b.q_rows, b.lead, q, first, count, width);
+  transpose_units(b.q, kLanes, b.q_rows, b.lead, count, vecs_of<E>(count) * Vec::kWidth, b.lead);
   for (int64_t i = 0; i < kLanes; i += Vec::kWidth) {
     store(b.high + i, Vec(kLowest));
     store(b.total + i, Vec(0.0f));
@@ -130,8 +132,8 @@ inline void load_queries(const Buffers<kPairs>& b, const Rows<const T>& q, int64
 }
 
 // A row that sees no key is 0, and its logsumexp -inf.
-template <bool kPairs, class T>
-inline void store_rows(const Buffers<kPairs>& b, const Rows<T>& out, const Rows<float>& lse, int64_t first,
+template <class E, class T>
+inline void store_rows(const Buffers<E>& b, const Rows<T>& out, const Rows<float>& lse, int64_t first,
                        int64_t count, int64_t width) {
   for (int64_t r = 0; r < count; ++r) {
     const float total = b.total[r];
@@ -143,37 +145,40 @@ inline void store_rows(const Buffers<kPairs>& b, const Rows<T>& out, const Rows<
   }
 }
 
-template <class T, bool kPairs>
+template <class T, class E>
 void forward(const TensorView& out, const TensorView& lse, const TensorView& q, const TensorView& k,
              const TensorView& v, const TensorView& spans, float scale) {
   const Sizes s(q, k);
-  const int64_t bytes = Buffers<kPairs>(s, nullptr).bytes, chunks = (s.rows + kPieceRows - 1) / kPieceRows;
+  const int64_t bytes = Buffers<E>(s, nullptr).bytes, chunks = (s.rows + kPieceRows - 1) / kPieceRows;
   const int64_t cost = least(s.rows, kPieceRows) * s.keys * s.width / 32;
   parallel_with_scratch(chunks * s.batch * s.key_heads, cost, bytes, [&](int64_t piece, char* memory) {
-    const int64_t chunk = chunks - 1 - piece / (s.batch * s.key_heads), pair = piece % (s.batch * s.key_heads);
+    const int64_t chunk = chunks - 1 - piece / (s.batch * s.key_heads),
+                  pair = piece % (s.batch * s.key_heads);
     const int64_t batch = pair / s.key_heads, head = pair % s.key_heads;
-    const Buffers<kPairs> b(s, memory);
+    const Buffers<E> b(s, memory);
+    [[maybe_unused]] const Setup<E> setup;
     const Spans seen(spans, batch);
     const Rows<const T> queries(q, batch, head, s.group);
     const int64_t begin = chunk * kPieceRows, end = least(begin + kPieceRows, s.rows);
     const int64_t first_key = seen.begin(begin / s.group), last_key = seen.end((end - 1) / s.group);
     const int64_t keys = last_key > first_key ? last_key - first_key : 0;
-    pack_rows<kPairs, T>(b.keys, b.units, Rows<const T>(k, batch, head, 1), first_key, keys, s.width);
-    pack_groups<kPairs, T>(b.values, b.padded, Rows<const T>(v, batch, head, 1), first_key, keys, s.width);
+    pack_rows<E, T>(b.keys, b.units, Rows<const T>(k, batch, head, 1), first_key, keys, s.width);
+    pack_groups<E, T>(b.values, b.padded, Rows<const T>(v, batch, head, 1), first_key, keys, s.width,
+                      round_up(units_of<E>(keys), E::kDepth));
     for (int64_t first = begin; first < end; first += kLanes) {
       const int64_t count = least(kLanes, end - first), last = first + count - 1;
-      load_queries<kPairs, T>(b, queries, first, count, s.width);
+      load_queries<E, T>(b, queries, first, count, s.width);
       const int64_t from = (seen.begin(first / s.group) - first_key) / kKeys * kKeys,
                     to = seen.end(last / s.group) - first_key;
       memset(b.out, 0, size_t(kLanes * b.padded) * 4);
       for (int64_t key = from; key < to; key += kKeys) {
-        const Visible visible(seen, first, count, s.group, first_key + key, least(kKeys, to - key));
+        const Visible visible(E{}, seen, first, count, s.group, first_key + key, least(kKeys, to - key));
         score(b, visible, b.keys + key * b.units);
         normalize(b, visible, scale);
-        add_values(b, visible, b.values + key / kStep<kPairs> * b.padded);
+        add_values(b, visible, b.values + key / E::kStep * b.padded);
       }
-      store_rows<kPairs, T>(b, Rows<T>(out, batch, head, s.group), Rows<float>(lse, batch, head, s.group), first,
-                            count, s.width);
+      store_rows<E, T>(b, Rows<T>(out, batch, head, s.group), Rows<float>(lse, batch, head, s.group), first,
+                       count, s.width);
     }
   });
 }
@@ -182,8 +187,8 @@ void forward(const TensorView& out, const TensorView& lse, const TensorView& q, 
 
 void attention_forward(const TensorView& out, const TensorView& lse, const TensorView& q, const TensorView& k,
                        const TensorView& v, const TensorView& spans, double scale) {
-  with_units(q.dtype, [&](auto t, auto pairs) {
-    forward<decltype(t), decltype(pairs)::value>(out, lse, q, k, v, spans, float(scale) * kLog2e);
+  with_engine(q.dtype, q.shape[3], [&](auto t, auto engine) {
+    forward<decltype(t), decltype(engine)>(out, lse, q, k, v, spans, float(scale) * kLog2e);
   });
 }
 

@@ -22,11 +22,14 @@ void check_spans(const char* op, const TensorView& spans, const TensorView& q, i
   check_shape(op, "spans", spans, 3, shape);
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t t = 0; t < q.shape[2]; ++t) {
-      const auto* span = static_cast<const int64_t*>(spans.data) + b * spans.strides[0] + t * spans.strides[1];
+      const auto* span =
+          static_cast<const int64_t*>(spans.data) + b * spans.strides[0] + t * spans.strides[1];
       const int64_t begin = span[0], end = span[spans.strides[2]];
-      const bool falls = t > 0 && (begin < span[-spans.strides[1]] || end < span[spans.strides[2] - spans.strides[1]]);
+      const bool falls =
+          t > 0 && (begin < span[-spans.strides[1]] || end < span[spans.strides[2] - spans.strides[1]]);
       if (begin < 0 || begin > end || end > keys || falls)
-        fail(op, "spans", "0 <= begin <= end <= S, neither falling along T", spans, "pass a mask to torch instead");
+        fail(op, "spans", "0 <= begin <= end <= S, neither falling along T", spans,
+             "pass a mask to torch instead");
     }
 }
 
@@ -55,9 +58,10 @@ void attention_forward(const TensorView& out, const TensorView& lse, const Tenso
   run(op, &KernelTable::attention_forward, out, lse, q, k, v, spans, scale);
 }
 
-void attention_backward(const TensorView& dq, const TensorView& dk, const TensorView& dv, const TensorView& parts,
-                        const TensorView& dout, const TensorView& q, const TensorView& k, const TensorView& v,
-                        const TensorView& out, const TensorView& lse, const TensorView& spans, double scale) {
+void attention_backward(const TensorView& dq, const TensorView& dk, const TensorView& dv,
+                        const TensorView& parts, const TensorView& dout, const TensorView& q,
+                        const TensorView& k, const TensorView& v, const TensorView& out,
+                        const TensorView& lse, const TensorView& spans, double scale) {
   constexpr const char* op = "attention_backward";
   check_inputs(op, q, k, v, out, lse, spans);
   check_rows(op, "dq", dq, q.dtype, q.shape);
@@ -69,7 +73,8 @@ void attention_backward(const TensorView& dq, const TensorView& dk, const Tensor
     const int64_t shape[] = {parts.ndim ? parts.shape[0] : 0, q.shape[0], q.shape[1], q.shape[2], q.shape[3]};
     check_shape(op, "parts", parts, 5, shape);
     if (shape[0] < 1 || parts.strides[4] != 1)
-      fail(op, "parts", "[P, B, H, T, D], P at least 1, unit stride along D", parts, "pass None for one share");
+      fail(op, "parts", "[P, B, H, T, D], P at least 1, unit stride along D", parts,
+           "pass None for one share");
   }
   run(op, &KernelTable::attention_backward, dq, dk, dv, parts, dout, q, k, v, out, lse, spans, scale);
 }
