@@ -19,7 +19,10 @@ def _attention_examples():
     q, k, v, do = (torch.randn(1, 9, h, 32).bfloat16().transpose(1, 2) for h in (4, 2, 2, 4))
     o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
     spans = torch.tensor([[0, 1], [0, 2], [0, 3], [2, 4], [2, 4], [2, 9], [4, 9], [4, 9], [8, 9]])[None]
-    return {"attention_forward": (q, k, v, spans, 32**-0.5), "attention_backward": (do, q, k, v, o, lse, spans, 32**-0.5)}
+    return {
+        "attention_forward": (q, k, v, spans, 32**-0.5),
+        "attention_backward": (do, q, k, v, o, lse, spans, 32**-0.5),
+    }
 
 
 def _coded_states():

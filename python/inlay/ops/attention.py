@@ -23,10 +23,10 @@ from inlay._native import module
 from inlay.ops._registry import apply, check_floating, check_same, fail, raw_op, without_autocast
 
 
-def _like_projection(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Empty, the shape of x [B, H, T, D], in memory [B, T, H, D]."""
+def _like_projection(x: Tensor) -> Tensor:
+    """Empty, the shape of x [B, H, T, D], in memory [B, T, H, D]; no view, since outputs may be changed in place."""
     batch, heads, tokens, width = x.shape
-    return x.new_empty((batch, tokens, heads, width), dtype=dtype or x.dtype).transpose(1, 2)
+    return x.new_empty_strided(x.shape, (tokens * heads * width, width, heads * width, 1))
 
 
 def kernel_fits(q: Tensor) -> bool:
