@@ -145,7 +145,7 @@ def test_expanded_cotangent_and_contiguous_inputs(path):
 @pytest.mark.skipif(not _native.available(), reason="the native module is not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads_change_no_bit(dtype):
-    engine = _native.module()
+    engine, before = _native.module(), torch.get_num_threads()
     q, k, v, cotangent = _case(dtype, 1, 6, 2, 700, width=64)
     assert shares(q, k) > 1
     try:
@@ -153,14 +153,14 @@ def test_threads_change_no_bit(dtype):
             engine.set_isa(isa)
             results = []
             for threads in (1, 4):
-                engine.set_num_threads(threads)
+                torch.set_num_threads(threads)
                 ours = ops.attention(q, k, v)
                 results.append((ours, *grads(ours, [q, k, v], [cotangent])))
             for name, one, four in zip(("out", *NAMES), *results, strict=True):
                 assert_bits(four, one, f"{name} on {isa}")
     finally:
         engine.set_isa("")
-        engine.set_num_threads(torch.get_num_threads())
+        torch.set_num_threads(before)
 
 
 def test_nan_in_nan_out(path):

@@ -1,7 +1,7 @@
 """Masks as stretches of keys: what lets attention run without reading a mask.
 
-A mask is looked at once, whoever made it: causal, padded at the right, packed samples and sliding windows all let a
-token see one stretch of keys. Layers of one forward share it, so the answer is kept for as long as the mask lives.
+A mask is looked at once, whoever made it: causal, padded, packed samples and sliding windows all let a token see one
+stretch of keys. Layers of one forward share it, so the answer is kept for as long as the mask lives.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def spans_of(mask: Tensor) -> Tensor | None:
         mask: ``[B or 1, 1, T, S]``, True where a token sees a key.
 
     Returns:
-        None where it says something else: numbers that are added, a mask per head, gaps, a token that sees no key
-        (libraries differ in what it gets), or stretches that fall back.
+        None where it says something else: numbers that are added, a mask per head, gaps, or stretches that fall back.
+        A token that sees no key has output 0, as torch's has.
     """
     if type(mask) is not Tensor or mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1:
         return None
@@ -40,6 +40,7 @@ def _measured(mask: Tensor) -> Tensor | None:
     if mask.stride(0) == 0:
         mask = mask[:1]  # one for the whole batch
     begin, count = mask[:, 0].to(torch.uint8).argmax(-1), mask[:, 0].sum(-1)
-    spans = torch.stack((begin, begin + count), -1)
-    never_falls = bool((spans.diff(dim=1) >= 0).all()) and bool((count > 0).all())
+    end = torch.where(count > 0, begin + count, 0).cummax(-1).values
+    spans = torch.stack((torch.where(count > 0, begin, end), end), -1)  # an empty one lies where the last ended
+    never_falls = bool((spans.diff(dim=1) >= 0).all())
     return spans if never_falls and torch.equal(mask_of(spans, *mask.shape[2:], mask.device), mask) else None
