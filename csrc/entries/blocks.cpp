@@ -162,34 +162,4 @@ void cross_entropy_chunk(const TensorView& loss, const TensorView& logits, const
   run(op, &KernelTable::cross_entropy_chunk, loss, logits, labels, scale, write_grad);
 }
 
-void causal_attention_backward(const TensorView& dq, const TensorView& dk, const TensorView& dv,
-                               const TensorView& dout, const TensorView& q, const TensorView& k,
-                               const TensorView& v, const TensorView& out, const TensorView& lse,
-                               double scale) {
-  constexpr const char* op = "causal_attention_backward";
-  if (q.ndim != 4 || q.shape[3] % 32)
-    fail(op, "q", "[B, H, T, D], D a multiple of 32", q, "use the reference");
-  const int64_t kv[] = {q.shape[0], k.ndim == 4 ? k.shape[1] : 0, q.shape[2], q.shape[3]};
-  if (kv[1] < 1 || q.shape[1] % kv[1])
-    fail(op, "k", "[B, G, T, D] with H a multiple of G", k, "split the heads first");
-  const auto check = [&](const char* name, const TensorView& t, DType dtype, const int64_t* shape) {
-    check_dtype(op, name, t, dtype);
-    check_shape(op, name, t, 4, shape);
-    if (t.strides[3] != 1) fail(op, name, "unit stride along D", t, "call .contiguous() first");
-  };
-  check("q", q, DType::bf16, q.shape);
-  check("dq", dq, DType::bf16, q.shape);
-  check("dout", dout, DType::bf16, q.shape);
-  check("out", out, DType::bf16, q.shape);
-  check("k", k, DType::bf16, kv);
-  check("v", v, DType::bf16, kv);
-  check("dk", dk, DType::f32, q.shape);
-  check("dv", dv, DType::f32, q.shape);
-  check_dtype(op, "lse", lse, DType::f32);
-  check_shape(op, "lse", lse, 3, q.shape);
-  if (lse.shape[2] > 1 && lse.strides[2] != 1)
-    fail(op, "lse", "unit stride along T", lse, "call .contiguous() first");
-  run(op, &KernelTable::causal_attention_backward, dq, dk, dv, dout, q, k, v, out, lse, scale);
-}
-
 }  // namespace inlay

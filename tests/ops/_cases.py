@@ -269,7 +269,7 @@ def _attention() -> Case:
         scores = (q @ keys.transpose(-1, -2)) * 8**-0.5
         return (scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf).softmax(-1) @ values,)
 
-    return Case(lambda: (ops.causal_attention(q, k, v),), plain, [q, k, v], [])
+    return Case(lambda: (ops.attention(q, k, v),), plain, [q, k, v], [])
 
 
 def _loss() -> Case:
@@ -296,6 +296,6 @@ WITHOUT_A_BASE: dict[str, Callable[[], Case]] = {
     "swiglu": _swiglu,
     "rope": _rope(False),
     "rope, trained angles": _rope(True),
-    "causal_attention": _attention,
+    "attention": _attention,
     "linear_cross_entropy": _loss,
 }

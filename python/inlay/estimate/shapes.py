@@ -17,7 +17,7 @@ from ..install import DEFAULT_ADAPTER, check_base_fits, check_sites, install
 from ..methods import Method
 from ..nn.tuned_linear import HOOKS
 from ..nn.whole import hidden_tensors
-from ..ops.attention import CausalAttention, tiles_fit
+from ..ops.attention import Attention, kernel_fits
 from ..planning import completed
 from ..state import state_of
 
@@ -152,7 +152,7 @@ def _attend(
     if attn_mask is not None and attn_mask.dtype == torch.bool:  # as torch does, for each call anew
         no, yes = (torch.full((), value, dtype=query.dtype, device="meta") for value in (-torch.inf, 0.0))
         attn_mask = torch.where(attn_mask.logical_not(), no, yes)
-    if is_causal and attn_mask is None and dropout_p == 0.0 and tiles_fit(query):
-        return CausalAttention.apply(query, key, value, scale or query.shape[-1] ** -0.5)
+    if is_causal and attn_mask is None and dropout_p == 0.0 and kernel_fits(query):
+        return Attention.apply(query, key, value, None, scale or query.shape[-1] ** -0.5)
     flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return flash_cpu(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]

@@ -3,7 +3,7 @@
 from inlay.ops._registry import force_path
 from inlay.ops.adamw import adamw_8bit_step_, adamw_step_
 from inlay.ops.adamw_bf16 import adamw_8bit_bf16_step_, adamw_bf16_step_
-from inlay.ops.attention import causal_attention
+from inlay.ops.attention import attention
 from inlay.ops.base_products import DenseBase, DenseBaseT
 from inlay.ops.cross_entropy import linear_cross_entropy
 from inlay.ops.rms_norm import rms_norm
@@ -20,7 +20,7 @@ __all__ = [
     "adamw_8bit_step_",
     "adamw_bf16_step_",
     "adamw_step_",
-    "causal_attention",
+    "attention",
     "force_path",
     "linear_cross_entropy",
     "rms_norm",
