@@ -160,7 +160,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None) -> None:
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, spans: Tensor | None = None) -> Tensor:
     """Attention of ``q [B, Hq, T, D]`` over ``k`` and ``v [B, Hk, S, D]``, all of one float dtype -> ``[B, Hq, T, D]``.
 
-    Elsewhere than on the CPU this is torch's own attention.
+    On a GPU this is torch's own attention.
 
     Args:
         scale: of the scores, 1/sqrt(D) if None.
@@ -172,7 +172,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, spans
     """
     _check(q, k, v, spans)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if q.is_cpu and q.numel() and k.numel():
+    if (q.is_cpu or q.is_meta) and q.numel() and k.numel():
         return apply(Attention, q, k, v, spans, scale)
     mask = None if spans is None else mask_of(spans, q.shape[2], k.shape[2], q.device)
     grouped = q.shape[1] != k.shape[1]
