@@ -35,6 +35,7 @@ class Row:
         model: options of the Llama it is tried on, where the usual one has nothing for it.
         data: it chooses by calibration batches.
         families: the families it can be tried on; None for all.
+        below: it trains below the blocks, whichever of them ``layers_to_transform`` names.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Row:
     model: Mapping[str, Any] = field(default_factory=dict)
     data: bool = False
     families: tuple[str, ...] | None = None
+    below: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -86,6 +88,17 @@ OUTPUT_BIASED = ("gpt2", "opt", "bert", "vit", *(family.name for family in WITH_
 
 #: Families whose MLPs are linears.
 DENSE_MLP = tuple(family.name for family in FAMILIES if family.name != "mixtral")
+
+#: Families of text, and those of them that write some.
+TEXT = tuple(family.name for family in FAMILIES if family.name != "vit")
+WRITING = tuple(name for name in TEXT if name != "bert")
+#: Every family's table of tokens.
+TABLES = r".*(embed_tokens|wte|word_embeddings|shared)"
+
+
+def _on_tokens(method: type[Method], **options: Any) -> Callable[..., Method]:
+    return _with(method, tokens=list(range(3, 40)), **options)
+
 
 ROWS = (
     Row("s2ft", _s2ft()),
@@ -140,6 +153,12 @@ ROWS = (
     Row("r-adapter-drop", _r_adapter(), dropout=True),
     Row("ssf", _with(inlay.SSF), exports=False),
     Row("ssf-nf4", _with(inlay.SSF), base="nf4", exports=False),
+    Row("token-rows", _on_tokens(inlay.TokenRows), exports=False, families=TEXT, below=True),
+    Row("token-rows-nf4", _on_tokens(inlay.TokenRows), base="nf4", exports=False, families=TEXT, below=True),
+    Row("token-rows-input", _on_tokens(inlay.TokenRows, head=False), exports=False, families=("llama",), below=True),
+    Row("toolken-gpt", _on_tokens(inlay.ToolkenGPT), families=WRITING, below=True),
+    Row("lora-embedding", _lora(embeddings=True), families=TEXT, below=True),
+    Row("s2ft-embedding", _s2ft(target_modules=TABLES), exports=False, families=TEXT, below=True),
     Row(
         "ssf-shift",
         _with(inlay.SSF, shift=True),

@@ -21,6 +21,7 @@ from .nn.tuned_quantized import tuned
 from .nn.use_check import check_at_first_training_forward
 from .nn.whole import add_whole, check_whole
 from .pieces import Piece, Whole
+from .pieces.embedding import lookup_of
 from .schedules import SCHEDULES, Schedule, follow
 from .sites import LinearSite, site_of
 from .state import (
@@ -33,6 +34,7 @@ from .state import (
     state_of,
     tuned_linears,
 )
+from .ties import check_not_whole, tied_pieces
 
 DEFAULT_ADAPTER = "default"
 
@@ -53,9 +55,13 @@ def install(
 ) -> nn.Module:
     """Put built ``pieces`` on the modules they are named for, as adapter ``adapter_name``, and make it the active one.
 
+    A piece on a weight that several modules share acts on all of them.
+
     ``whole``: how each tensor that trains whole is held, by state-dict key.
     """
     check_whole(model, adapter_name, whole or {})
+    check_not_whole(model, pieces, whole or {})
+    pieces = {**pieces, **tied_pieces(model, pieces)}
     for name, piece in pieces.items():  # before anything changes
         if isinstance(module := model.get_submodule(name), Holder):
             module.check_room(adapter_name, piece)
@@ -110,7 +116,9 @@ def adopt_bitsandbytes(model: nn.Module) -> None:
 
 
 def check_base_fits(model: nn.Module, method: Method, pieces: Mapping[str, Piece], base: BaseConfig | None) -> None:
-    """Raise ValueError if a piece cannot live on the base it would get; nothing has changed yet."""
+    """Raise ValueError if a piece cannot live on the base it would get, or on one whose weight others share; nothing has
+    changed yet."""
+    tied_pieces(model, pieces)
     if method.needs_base and base is None:
         raise ValueError(f'{method.needs_base} chooses the quantized base: pass base="nf4" or an inlay.BaseConfig')
     chosen = base.names(model) if base is not None else {}
@@ -120,6 +128,11 @@ def check_base_fits(model: nn.Module, method: Method, pieces: Mapping[str, Piece
             raise ValueError(
                 f'{name}: keep="exact" is for quantized bases, and this one is dense; pass base="nf4", '
                 'or use update="in_place"'
+            )
+        if piece.needs_dense_base and (is_packed or name in chosen):
+            raise ValueError(
+                f"{name}: rows of tokens are trained on a dense weight, and this one is quantized; leave it dense with "
+                "inlay.BaseConfig(skip_modules=[...])"
             )
         if piece.in_place and (is_packed or name in chosen):
             raise ValueError(
@@ -146,6 +159,10 @@ def check_output(model: nn.Module, name: str, loaded: bool = True) -> None:
         raise ValueError(f"{name}: wanted a module with a weight to merge into, got {kind} without one")
     if loaded and weight.device.type == "meta":
         raise ValueError(f"{name} is on the meta device: load its weights before tune")
+    if isinstance(module := model.get_submodule(name), nn.Embedding):
+        if "inlay_whole" in module.__dict__:
+            raise ValueError(f"{name} trains whole in another adapter; a piece on it as well would train it twice")
+        lookup_of(module, name)
 
 
 def check_tunable(model: nn.Module, name: str, loaded: bool = True) -> None:
@@ -153,6 +170,8 @@ def check_tunable(model: nn.Module, name: str, loaded: bool = True) -> None:
     where the model should be ``loaded``."""
     module = model.get_submodule(name)
     if isinstance(module, TunedLinear | QuantizedWeight):
+        if not isinstance(module, QuantizedWeight):
+            _check_shared(model, name, module)
         return
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
@@ -203,7 +222,8 @@ def _check_shared(model: nn.Module, name: str, module: nn.Module) -> None:
     if others:
         raise ValueError(
             f"{name}.weight is shared with {others[0]} (tied weights or a module used twice): tuning one would tune "
-            "both on merge; untie them or add it to exclude_modules"
+            "both on merge; untie them or add it to exclude_modules; rows of a tied head train by its embedding "
+            "(inlay.TokenRows, inlay.LoRA(embeddings=True))"
         )
 
 

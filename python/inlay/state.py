@@ -22,6 +22,7 @@ from .nn.tuned_output import TunedOutput, release
 from .nn.whole import active_whole, begin, owners, remove_whole, restore_whole, switch_whole, train_whole
 from .schedules import SCHEDULES
 from .sharding import is_sharded
+from .ties import is_tied
 
 STATE_ATTRIBUTE = "inlay_state"
 _SAMPLED_WEIGHTS, _SAMPLED_VALUES = 4, 16
@@ -73,8 +74,9 @@ def tuned_linears(model: nn.Module) -> dict[str, TunedLinear]:
 
 
 def pieces_of(model: nn.Module, adapter: str) -> dict[str, Any]:
-    """The pieces of one adapter by the name of their module."""
-    return {name: held.deltas[adapter] for name, held in tuned_modules(model).items() if adapter in held.deltas}
+    """The pieces of one adapter by the name of their module; not those that only stand for one on a tied module."""
+    held = {name: module.pieces().get(adapter) for name, module in tuned_modules(model).items()}
+    return {name: piece for name, piece in held.items() if piece is not None and not is_tied(piece)}
 
 
 def sample_weights(model: nn.Module, names: list[str], every: bool = False) -> dict[str, list[float]]:

@@ -39,6 +39,21 @@ def output_head_names(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if head is not None and module is head}
 
 
+def embeddings(model: nn.Module) -> dict[str, nn.Module]:
+    """Every ``nn.Embedding`` of ``model`` by name: of tokens, positions and the like."""
+    return {name: module for name, module in model.named_modules() if name and isinstance(module, nn.Embedding)}
+
+
+def input_embedding(model: nn.Module) -> str | None:
+    """Name of the table that ``model`` looks its tokens up in; None where it has none."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        table = get() if callable(get) else None
+    except (AttributeError, NotImplementedError):  # no text model
+        return None
+    return next((name for name, module in embeddings(model).items() if module is table), None)
+
+
 def resolve(
     model: nn.Module,
     target_modules: str | Sequence[str] | None,
@@ -47,18 +62,21 @@ def resolve(
     exclude_modules: str | Sequence[str] | None = None,
     layers_to_transform: int | Sequence[int] | None = None,
     also: Collection[str] = (),
+    by_name: Collection[str] = (),
 ) -> list[str]:
     """Names of the linears that ``target_modules`` means, in module order.
 
-    ``also``: names of other modules that may be meant as well, and belong to "all-linear".
+    ``also``: names of other modules that may be meant as well, and belong to "all-linear"; ``by_name``: of such that do
+    not, but are meant where a pattern or a list matches them (embeddings).
 
     Raises:
         ValueError: an explicit target matches no linear; or no default does; or an exclusion or a layer means none; or
             they leave none.
     """
     candidates = linears(model)
-    if also:
-        candidates = {name: m for name, m in model.named_modules() if name in candidates or name in also}
+    if also or by_name:
+        others = {*also, *by_name}
+        candidates = {name: m for name, m in model.named_modules() if name in candidates or name in others}
     if target_modules is None:
         names = [name for name, role in roles(model).items() if role in defaults]
         wanted = f"the defaults {tuple(defaults)}"
@@ -69,7 +87,11 @@ def resolve(
             )
     elif target_modules == "all-linear":
         heads = output_head_names(model)
-        names = [name for name, m in candidates.items() if name not in heads and (name in also or computes_linear(m))]
+        names = [
+            name
+            for name, m in candidates.items()
+            if name in also or (name not in heads and name not in by_name and computes_linear(m))
+        ]
         wanted = '"all-linear"'
     elif isinstance(target_modules, str):
         names = [name for name in candidates if _matches(target_modules, name)]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..bases.linear import is_conv1d
 from ..bases.quantized import QuantizedWeight
 from ..nn.tuned_linear import TunedLinear
+from ..pieces.embedding import EmbeddingLowRank
 from ..pieces.linear import LinearPiece
 from ..state import pieces_of, require_state, tuned_linears
 from .files import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME, peft_keys, read_json, write_files
@@ -53,30 +54,39 @@ def export(model: nn.Module, directory: str | Path, *, format: str = "peft-lora"
     config_file = Path(directory) / CONFIG_NAME
     if config_file.exists() and "inlay" in read_json(config_file):
         raise ValueError(f"{directory} holds an adapter saved by inlay; export to another directory")
-    linears = {path: module for path, module in tuned_linears(model).items() if name in module.deltas}
-    for path, piece in pieces_of(model, name).items():
-        if path not in linears:
+    pieces = pieces_of(model, name)
+    linears = {path: module for path, module in tuned_linears(model).items() if path in pieces}
+    tables = {path: piece for path, piece in pieces.items() if isinstance(piece, EmbeddingLowRank)}
+    for path, piece in pieces.items():
+        if path not in linears and path not in tables:
             raise ValueError(f"{path}: a {type(piece).__name__} on a {_kind(model, path)} is no LoRA; merge it instead")
-    if not linears:
+    if not linears and not tables:
         raise ValueError(f"adapter {name!r} has no delta on a linear, which is all that a LoRA can hold; merge instead")
     if format == "peft-lora":
         check_accepted(model, list(linears))
+    elif tables:
+        raise ValueError(f"vllm-lora: vLLM leaves the embedding {next(iter(tables))} as it is; merge instead")
     factors = {path: exact_factors(path, module, module.deltas[name]) for path, module in linears.items()}
-    rank = max(a.shape[0] for a, _ in factors.values())
+    rank = max([*(a.shape[0] for a, _ in factors.values()), *(piece.rank for piece in tables.values())])
     if format == "vllm-lora":
         rank = vllm_rank(model, linears, rank)
     tensors = {}
     for path, (a, b) in factors.items():
         tensors[f"{KEY_PREFIX}{path}.lora_A.weight"] = _pad(a, 0, rank)
         tensors[f"{KEY_PREFIX}{path}.lora_B.weight"] = _pad(b, 1, rank)
+    for path, piece in tables.items():
+        a, b = piece.lora_embedding_A.detach(), piece.scale * piece.lora_embedding_B.detach()
+        tensors[f"{KEY_PREFIX}{path}.lora_embedding_A"] = _pad(a, 0, rank)
+        tensors[f"{KEY_PREFIX}{path}.lora_embedding_B"] = _pad(b, 1, rank)
     check_worth_saving(model, name, tensors)
     tensors |= whole_in_file(model, name, format)
     transposed = any(
         is_conv1d(holder := m.plain_holder[0]) or getattr(holder, "conv1d", False) for m in linears.values()
     )
-    config = lora_config(model, rank, list(linears), transposed, peft_modules(model, state.methods[name]))
+    targets = [*linears, *tables]
+    config = lora_config(model, rank, targets, transposed, peft_modules(model, state.methods[name]))
     if format == "peft-lora":
-        config |= peft_targets(model, list(linears)) | tied_option(model, name)
+        config |= peft_targets(model, targets) | tied_option(model, name)
         check_in_peft(model, config, tensors)
     write_files(Path(directory), {WEIGHTS_NAME: tensors, CONFIG_NAME: config})
     if format == "vllm-lora":

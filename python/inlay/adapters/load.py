@@ -16,8 +16,9 @@ from ..methods import METHODS, Method, stored_keys
 from ..nn.tuned_linear import TunedLinear
 from ..nn.whole import check_whole, train_whole, whole_tensors
 from ..schedules import SCHEDULES
-from ..state import require_state, sample_of, sample_weights, state_of, tuned_modules
+from ..state import pieces_of, require_state, sample_of, sample_weights, state_of, tuned_modules
 from .files import CONFIG_NAME, FORMAT_VERSION, KEY_PREFIX, SCHEDULE, WEIGHTS_NAME, read_json, read_tensors
+from .tied_files import check_tied, without_tied
 from .whole_files import (
     check_complete,
     check_fingerprint,
@@ -57,16 +58,19 @@ def load_onto(
     if not grouped and not whole:
         raise ValueError(f"{directory}: the adapter holds no tensor")
     adopt_bitsandbytes(model)
+    grouped = without_tied(model, grouped, config, directory)
     modules = dict(model.named_modules())
     for path in grouped:
         if path not in modules:
             raise ValueError(f"the adapter tunes {path!r}, which this {type(model).__name__} lacks; load its own base")
     check_sites(model, grouped)
+    check_tied(model, grouped, config, method)
     state = state_of(model)
     if state is not None and name in state.methods:
         raise ValueError(f"this model has an adapter {name!r} already; pass another name")
     ours = config.get("inlay") or {}
-    fit_vocabulary(model, config, whole)
+    fit_vocabulary(model, config, whole, {path: method.rows_held(held) for path, held in grouped.items()})
+    modules = dict(model.named_modules())
     method = with_paths(model, config, method, whole)
     specs = specs_of(model, method, whole, ours.get("unfrozen") or ())
     check_whole(model, name, specs)
@@ -127,7 +131,8 @@ def hotswap(model: nn.Module, directory: str | Path, name: str = DEFAULT_ADAPTER
     points = take_schedule(tensors)
     whole = take_whole(tensors, config, method)
     grouped = group_by_module(tensors, directory)
-    held = {path: module for path, module in tuned_modules(model).items() if name in module.deltas}
+    mine = pieces_of(model, name)
+    held = {path: module for path, module in tuned_modules(model).items() if path in mine}
     if type(method) is not type(old) or grouped.keys() != held.keys():
         got = f"{type(method).__name__} on {len(grouped)} modules"
         raise ValueError(

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from ..bases.quantized import QuantizedLinear, QuantizedWeight, dense_linear
 from ..nn.tuned_linear import TunedLinear
-from ..nn.tuned_output import TunedOutput
+from ..nn.tuned_output import TunedOutput, release
 from ..nn.tuned_quantized import TunedQuantizedLinear
 from ..nn.whole import settle_whole
 from ..state import make_plain, require_state, state_of, tuned_modules
+from ..ties import tie_again, ties_of
 from .originals import find_originals
 
 
@@ -63,11 +64,14 @@ def merge(
     before = _logits(model, inputs)
     plain = model if in_place else copy.deepcopy(model)
     settle_whole(plain)
+    ties = ties_of(plain, tuned_modules(plain))
+    later = {path for places in ties for path, _ in places[1:]}  # which get the weight of the first
     for name, module in tuned_modules(plain).items():
         if isinstance(module, TunedOutput):
-            module.settle()
+            release(module) if name in later else module.settle()
         elif isinstance(module, TunedLinear) and not isinstance(module, TunedQuantizedLinear):
-            plain.set_submodule(name, module.to_plain())
+            plain.set_submodule(name, module.unwrapped() if name in later else module.to_plain())
+    tie_again(plain, ties)
     worst = 0.0
     for name in packed:
         module = plain.get_submodule(name)

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..bases.quantized import QuantizedWeight
+from ..vocabulary import checkpoint_directory
 from .files import base_path_of
 
 #: Mean |difference| over rms above which weights are another model's: four bits move them by about 0.09.
@@ -78,7 +79,7 @@ def find_originals(model: nn.Module, given: str | Path | None, names: list[str])
             if not originals.has(name):
                 raise ValueError(f"originals={given} holds no dense {name}.weight; pass the dense checkpoint")
         return originals
-    directory = _local(base_path_of(model))
+    directory = checkpoint_directory(base_path_of(model))
     if directory is None:
         return None
     try:
@@ -86,20 +87,6 @@ def find_originals(model: nn.Module, given: str | Path | None, names: list[str])
     except ValueError:
         return None
     return originals if all(originals.has(name) for name in names) else None
-
-
-def _local(recorded: str | None) -> Path | None:
-    """A directory for what a config records: itself, or its snapshot in the local cache. Never the network."""
-    if not recorded:
-        return None
-    if Path(recorded).is_dir():
-        return Path(recorded)
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(recorded, local_files_only=True))
-    except Exception:  # not a name, not cached, or no hub library: there are no originals at hand
-        return None
 
 
 def stored_name(name: str, prefix: str, keys: Collection[str]) -> str | None:

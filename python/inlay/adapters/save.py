@@ -17,7 +17,8 @@ from ..nn.whole import owners, unfrozen, whole_tensors
 from ..pieces import Piece
 from ..schedules import SCHEDULES
 from ..sharding import any_sharded, is_sharded, whole, writes_here
-from ..state import TuneState, check_in_place, pieces_of, require_state, tuned_linears
+from ..state import TuneState, check_in_place, pieces_of, require_state
+from ..ties import sharers
 from ..version import __version__
 from .files import (
     CARD_NAME,
@@ -58,13 +59,12 @@ def save_adapter(
     check_worth_saving(model, name, tensors, checkpoint=Path(directory).name.startswith("checkpoint-"))
     method = state.methods[name]
     pieces = pieces_of(model, name)
-    tuned = [path for path in pieces if path in tuned_linears(model)]
     config = {
         **peft_keys(model),
         **method.peft_fields(pieces),
         "peft_type": method.peft_type,
         "modules_to_save": peft_modules(model, method),
-        **(peft_targets(model, tuned) | tied_option(model, name) if method.peft_type == "LORA" else {}),
+        **(peft_targets(model, list(pieces)) | tied_option(model, name) if method.peft_type == "LORA" else {}),
         "inlay": {
             "base": None if state.base is None else state.base.to_dict(),
             "base_sample": state.base_sample,
@@ -72,6 +72,7 @@ def save_adapter(
             "format": FORMAT_VERSION if len(resume) > deltas_in(resume) else DELTAS_ONLY,
             "modules": sorted(pieces),
             "options": method.stored_options(),
+            **({"tied": tied} if (tied := sharers(model, pieces)) else {}),
             "unfrozen": sorted(unfrozen(model)),
             "version": __version__,
             "vocabulary": vocabulary_of(model),
@@ -117,7 +118,9 @@ def in_file(model: nn.Module, name: str, state_dict: dict[str, Tensor] | None = 
 
 
 def tied_option(model: nn.Module, name: str) -> dict[str, bool]:
-    """PEFT's ``ensure_weight_tying``, where a tensor trained whole is held by two modules."""
+    """PEFT's ``ensure_weight_tying``, where a tensor trained whole, or the weight of a piece, is held by two modules."""
+    if sharers(model, pieces_of(model, name)):
+        return {"ensure_weight_tying": True}
     holders = Counter(id(held) for _, _, _, held in owners(model) if name in held.copies)
     return {"ensure_weight_tying": True} if any(count > 1 for count in holders.values()) else {}
 

@@ -140,8 +140,13 @@ def check_swap_whole(model: nn.Module, name: str, whole: Mapping[str, Tensor], w
         raise ValueError(f"{where}: wanted the same tensors trained whole, {mine}, to swap in, got {theirs}")
 
 
-def fit_vocabulary(model: Any, config: Mapping[str, Any], whole: Mapping[str, Tensor]) -> None:
+def fit_vocabulary(
+    model: Any, config: Mapping[str, Any], whole: Mapping[str, Tensor], rows: Mapping[str, Tensor | None]
+) -> None:
     """Give ``model`` as many tokens as the adapter was trained with, if the adapter holds what the new ones are.
+
+    Args:
+        rows: of modules by path, the rows of their weights that the adapter holds.
 
     Raises:
         ValueError: it does not, or ``model`` is tuned already.
@@ -151,12 +156,16 @@ def fit_vocabulary(model: Any, config: Mapping[str, Any], whole: Mapping[str, Te
         return
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     keys = {key for key, p in model.named_parameters(remove_duplicate=False) if any(p is t.weight for t in tables if t)}
-    same = {id(model.get_parameter(key)) for key in keys} - {id(model.get_parameter(key)) for key in keys & set(whole)}
+    new = set(range(here, wanted))
+    full = {f"{path}.weight" for path, held in rows.items() if held is not None and new.issubset(held.tolist())}
+    known = {id(model.get_parameter(key)) for key in keys & ({*whole} | (full if new else set()))}
+    same = {id(model.get_parameter(key)) for key in keys} - known
     if same or state_of(model) is not None:
         raise ValueError(
             f"the adapter was trained with {wanted} tokens and this {type(model).__name__} has {here}: call "
             f"resize_token_embeddings({wanted}) first, and give the new tokens the embeddings they had in training "
-            "(the adapter holds them if they were trainable, or named in modules_to_save)"
+            "(the adapter holds them if they were trainable, named in modules_to_save, or rows of inlay.TokenRows, of the "
+            "head too where it is not tied)"
         )
     model.resize_token_embeddings(wanted, mean_resizing=False)
 

@@ -123,6 +123,10 @@ class Method:
         """Build the piece of ``module`` from an adapter file's ``tensors``."""
         raise NotImplementedError(f"{type(self).__name__} must define restore(module, tensors, where)")
 
+    def rows_held(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """The rows of a module's weight of which an adapter file's ``tensors`` hold the values, not changes of them."""
+        return None
+
     @classmethod
     def combine(
         cls, methods: Sequence[Method], weights: Sequence[float], parts: Sequence[Mapping[str, Any]]

@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from ..bases import BaseConfig, QuantizedLinear, Storage, quantize_linears
 from ..bases.linear import out_in_view
-from ..pieces.linear import Delta, LowRankDelta
+from ..pieces import Piece
+from ..pieces.embedding import EmbeddingLowRank
+from ..pieces.linear import LowRankDelta
 from ..select import generator_of
-from ..sites import LinearSite
-from ..targets import resolve
+from ..sites import site_of
+from ..targets import embeddings, input_embedding, resolve
+from ..ties import each_once
 from .base import Calibration, Method, Plan, check_one_of, register
 from .loftq import loftq
 from .peft_files import options_in
@@ -42,7 +45,10 @@ def _means_nothing(option: str, value: Any) -> bool:
 @register
 @dataclass
 class LoRA(Method):
-    """Train ``ΔW = s·B·A`` of rank ``r`` on the targeted linears.
+    """Train ``ΔW = s·B·A`` of rank ``r`` on the targeted linears, and on embeddings that are named.
+
+    On an embedding, A is zero and B random at first, and there is no dropout, as in PEFT. A head that is tied to it takes
+    part (PEFT's ``ensure_weight_tying=True``).
 
     Attributes:
         r: rank.
@@ -51,11 +57,12 @@ class LoRA(Method):
         use_rslora: rank-stabilized scaling.
         init: "default" (A Kaiming-uniform, B zero), or "loftq", which needs a quantized base.
         loftq_iterations: T of LoftQ.
-        target_modules: None means "all-linear".
+        embeddings: also the table that tokens are looked up in; the same as to name it in ``target_modules``.
+        target_modules: None means "all-linear", which holds no embedding. A list or pattern may name embeddings too.
     """
 
     peft_type: ClassVar[str] = "LORA"
-    pieces: ClassVar = (LowRankDelta,)
+    pieces: ClassVar = (LowRankDelta, EmbeddingLowRank)
 
     r: int = 16
     lora_alpha: float = 32
@@ -63,6 +70,7 @@ class LoRA(Method):
     use_rslora: bool = False
     init: str = "default"
     loftq_iterations: int = 5
+    embeddings: bool = False
 
     def __post_init__(self) -> None:
         check_one_of("init", self.init, ("default", "loftq"))
@@ -79,17 +87,26 @@ class LoRA(Method):
         return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
 
     def targets(self, model: nn.Module) -> list[str]:
-        return resolve(
+        names = resolve(
             model,
             self.target_modules if self.target_modules is not None else "all-linear",
             exclude_modules=self.exclude_modules,
             layers_to_transform=self.layers_to_transform,
+            by_name=embeddings(model),
         )
+        if not self.embeddings:
+            return each_once(model, names)
+        table = input_embedding(model)
+        if table is None:
+            raise ValueError(
+                f"embeddings=True: found no embedding of tokens in this {type(model).__name__}; name one in target_modules"
+            )
+        return each_once(model, names if table in names else [table, *names])
 
     def plan(self, model: nn.Module, calibration: Calibration | None) -> Plan:
-        return Plan({LinearSite(name): partial(self._build, where=name) for name in self.targets(model)})
+        return Plan({site_of(model, name): partial(self._build, where=name) for name in self.targets(model)})
 
-    def restore(self, module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Delta:
+    def restore(self, module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Piece:
         return self._build(module, where=where).load(tensors, where)
 
     def without_data(self) -> Method:
@@ -114,22 +131,23 @@ class LoRA(Method):
         return cls(**options_in(config, _IN_PEFT, where, _means_nothing))
 
     def peft_fields(self, pieces: Mapping[str, Any]) -> dict[str, Any]:
-        ours = ("init", "loftq_iterations", "seed")
+        ours = ("init", "loftq_iterations", "seed", "embeddings")
         fields = {key: value for key, value in self.to_dict().items() if key not in ours}
         return {**fields, "target_modules": sorted(pieces), "exclude_modules": None, "layers_to_transform": None}
 
     @classmethod
     def combine(
-        cls, methods: Sequence[Method], weights: Sequence[float], parts: Sequence[Mapping[str, Delta]]
-    ) -> tuple[Method, dict[str, Delta]]:
+        cls, methods: Sequence[Method], weights: Sequence[float], parts: Sequence[Mapping[str, Any]]
+    ) -> tuple[Method, dict[str, Any]]:
         _, deltas = super().combine(methods, weights, parts)
         first: Any = methods[0]
-        r = max(delta.lora_A.shape[0] for delta in deltas.values() if isinstance(delta, LowRankDelta))
+        r = max(delta.rank for delta in deltas.values())
         for delta in deltas.values():
-            if isinstance(delta, LowRankDelta):
-                delta.pad(r)
+            delta.pad(r)
         return replace(first, r=r, lora_alpha=r, use_rslora=False, init="default"), deltas
 
-    def _build(self, module: nn.Module, *, where: str) -> LowRankDelta:
+    def _build(self, module: nn.Module, *, where: str) -> LowRankDelta | EmbeddingLowRank:
         generator = generator_of(self.seed, where)
+        if isinstance(module, nn.Embedding):
+            return EmbeddingLowRank(module, self.r, self.scale, generator, where)
         return LowRankDelta(out_in_view(module), self.r, self.scale, self.lora_dropout, generator)

@@ -15,12 +15,15 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from ..bases.linear import out_in_view
+from ..pieces import Piece
+from ..pieces.embedding import EmbeddingRows
 from ..pieces.linear import Delta, ExactSubmatrixDelta, InPlaceSubmatrixDelta, SubmatrixDelta
 from ..pieces.linear.submatrix import Side
 from ..roles import ROLES, role_by_name, roles, widths
 from ..select import activation_scores, expand_groups, gradient_scores, pick_groups, random_groups, weight_scores
-from ..sites import LinearSite
-from ..targets import INPUT_SIDE_ROLES, resolve, suffix_match
+from ..sites import site_of
+from ..targets import INPUT_SIDE_ROLES, embeddings, resolve, suffix_match
+from ..ties import each_once
 from .base import Calibration, Method, Plan, check_one_of, register
 from .heads import head_dim_of
 
@@ -35,7 +38,8 @@ class S2FT(Method):
     Attributes:
         ratio: fraction of channels to train, in (0, 1]; or a dict ``{target suffix: fraction}``.
         channels: exact number of channels per linear instead of ``ratio``; int or ``{target suffix: int}``.
-        target_modules: None means ``("o_proj", "down_proj")`` by the family's own names, the paper's best split.
+        target_modules: None means ``("o_proj", "down_proj")`` by the family's own names, the paper's best split. Of an
+            embedding, which has to be named, rows train (and those of a head that is tied to it).
         side: ``"in"`` trains input channels ``ΔW[:, I]``, ``"out"`` output channels ``ΔW[O, :]``, ``"auto"`` takes
             "in" for o_proj and down_proj and "out" for the rest; or ``{target suffix: side}``.
         granularity: channels are chosen in aligned groups of this many; ``"auto"`` is whole heads (``head_dim``)
@@ -49,7 +53,7 @@ class S2FT(Method):
     """
 
     peft_type: ClassVar[str] = "S2FT"
-    pieces: ClassVar = (SubmatrixDelta, InPlaceSubmatrixDelta, ExactSubmatrixDelta)
+    pieces: ClassVar = (SubmatrixDelta, InPlaceSubmatrixDelta, ExactSubmatrixDelta, EmbeddingRows)
 
     ratio: float | dict[str, float] = 0.03
     channels: int | dict[str, int] | None = None
@@ -82,16 +86,33 @@ class S2FT(Method):
             self.target_modules,
             exclude_modules=self.exclude_modules,
             layers_to_transform=self.layers_to_transform,
+            by_name=embeddings(model),
         )
+        names = each_once(model, names)
+        self._check_embeddings(model, names)
         if self.target_modules is None:
             warn_about_missing_role(model, names)
         chosen, sides = self.choose(model, names, calibration), self.sides(model, names)
         return Plan(
             {
-                LinearSite(name): partial(self._build, indices=chosen[name], side=sides[name], where=name)
+                site_of(model, name): partial(self._build, indices=chosen[name], side=sides[name], where=name)
                 for name in names
             }
         )
+
+    def _check_embeddings(self, model: nn.Module, names: Sequence[str]) -> None:
+        tables = embeddings(model)
+        for name in names:
+            if name in tables and (self.strategy not in ("random", "weight") or self.update != "additive"):
+                raise ValueError(
+                    f'{name}: rows of an embedding are chosen by strategy="random" or "weight" and train by '
+                    f'update="additive", got {self.strategy!r} and {self.update!r}; tune it by an adapter of its own'
+                )
+            if name in tables and (self.keep != "additive" or self._side_of(name, None) == "in"):
+                raise ValueError(
+                    f'{name}: rows of an embedding train, side="out" (or "auto") with keep="additive", got '
+                    f"side={self.side!r} and keep={self.keep!r}"
+                )
 
     def choose(self, model: nn.Module, names: list[str], calibration: Calibration | None) -> dict[str, Tensor]:
         """The channels to train of each named linear, sorted int64."""
@@ -126,10 +147,12 @@ class S2FT(Method):
         side = _for_target(self.side, name, role, "side", "auto")
         return side if side != "auto" else ("in" if role in INPUT_SIDE_ROLES else "out")
 
-    def restore(self, module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Delta:
+    def restore(self, module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Piece:
         if "s2ft_indices" not in tensors:
             raise ValueError(f"{where}: wanted s2ft_indices, got {sorted(tensors)}; the file is incomplete")
         indices = tensors["s2ft_indices"]
+        if isinstance(module, nn.Embedding):
+            return EmbeddingRows(module, indices, where).load(tensors, where)
         side = _side_of_values(module, tensors) or self._side_of(where, role_by_name(where))
         return self._build(module, indices=indices, side=side, where=where).load(tensors, where)
 
@@ -142,7 +165,9 @@ class S2FT(Method):
         sides = {name: delta.side for name, delta in deltas.items() if isinstance(delta, SubmatrixDelta)}
         return replace(first, target_modules=sorted(deltas), side=sides), deltas
 
-    def _build(self, module: nn.Module, *, indices: Tensor, side: Side, where: str) -> Delta:
+    def _build(self, module: nn.Module, *, indices: Tensor, side: Side, where: str) -> Any:
+        if isinstance(module, nn.Embedding):
+            return EmbeddingRows(module, indices, where)
         if self.keep == "exact":
             delta = ExactSubmatrixDelta
         else:

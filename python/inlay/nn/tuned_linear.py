@@ -134,6 +134,12 @@ class TunedLinear(Holder, nn.Linear):
             weight = weight.t()
         return weight.contiguous(), bias
 
+    def unwrapped(self) -> nn.Module:
+        """The module this one wrapped, with the weight and bias that stand here, nothing merged."""
+        plain = self.plain_holder[0]
+        plain.weight, plain.bias = self.weight, self.bias
+        return plain.train(self.training)
+
     def to_plain(self) -> nn.Module:
         """The module this one wrapped, holding the merged weight and bias."""
         plain = self.plain_holder[0]

@@ -42,6 +42,7 @@ class Piece(nn.Module, ABC):
         alone: True if it cannot be active together with another piece on the same module: what they would compute
             depends on an order that merging could not keep.
         needs_quantized_base: True if it means nothing on a dense base.
+        needs_dense_base: True if it means nothing on a quantized base.
         stored: what an adapter file stores, key in the file to attribute, in the order it is written.
     """
 
@@ -50,6 +51,7 @@ class Piece(nn.Module, ABC):
     owns_base: bool = False
     alone: bool = False
     needs_quantized_base: bool = False
+    needs_dense_base: bool = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Move between devices, but stay wide where the model goes to 16 bits: see :func:`keeping_width`."""
@@ -80,6 +82,17 @@ class Piece(nn.Module, ABC):
     @abstractmethod
     def changes_anything(self) -> bool:
         """False while the module still computes what it did without the piece."""
+
+    def tied(self, module: nn.Module, where: str) -> Piece:
+        """What to put on ``module``, named ``where``, which shares its weight with this piece's: a ``Tied``.
+
+        Raises:
+            ValueError: this piece cannot act on both, so that a merge would change one of them by accident.
+        """
+        raise ValueError(
+            f"{where} shares the weight that a {type(self).__name__} would change (tied weights): tuning one would tune "
+            "both on merge; untie them, or name other modules"
+        )
 
     # --- several of a kind ---
 

@@ -71,6 +71,11 @@ class LowRankDelta(Delta):
     def structure(self) -> Any:
         return self.scale
 
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.lora_A.shape[0]
+
     def pad(self, r: int) -> None:
         """Grow to rank ``r`` with zeros, which changes nothing."""
         missing = r - self.lora_A.shape[0]
