@@ -299,7 +299,9 @@ class EmbeddingLowRank(EmbeddingPiece):
         like = like_of(module)
         self.scale = scale
         self.lora_embedding_A = nn.Parameter(like.new_zeros(r, self.tokens))
-        self.lora_embedding_B = nn.Parameter(torch.randn(self.width, r, generator=generator).to(like.device, like.dtype))
+        self.lora_embedding_B = nn.Parameter(
+            torch.randn(self.width, r, generator=generator).to(like.device, like.dtype)
+        )
 
     def look_up(self, y: Tensor, ids: Tensor, lookup: Lookup) -> Tensor:
         a, b = self.lora_embedding_A.to(y.device), self.lora_embedding_B.to(y.device)
