@@ -116,7 +116,7 @@ def adopt_bitsandbytes(model: nn.Module) -> None:
 
 
 def check_base_fits(model: nn.Module, method: Method, pieces: Mapping[str, Piece], base: BaseConfig | None) -> None:
-    """Raise ValueError if a piece cannot live on the base it would get, or on one whose weight others share; nothing has
+    """Raise ValueError if a piece cannot live on the base it would get, or with what shares its weight; nothing has
     changed yet."""
     tied_pieces(model, pieces)
     if method.needs_base and base is None:

@@ -12,6 +12,7 @@ from .methods import Method, Plan
 from .nn.whole import keys_of
 from .pieces import Whole
 from .task_head import whole_names, without_whole
+from .ties import check_not_whole
 
 
 def completed(model: nn.Module, method: Method, plan: Plan, base: BaseConfig | None = None) -> tuple[Method, Plan]:
@@ -32,6 +33,7 @@ def completed(model: nn.Module, method: Method, plan: Plan, base: BaseConfig | N
     if not kept and not whole:
         raise ValueError(f"{type(method).__name__} leaves nothing to train in this {type(model).__name__}")
     _check_apart(kept, whole)
+    check_not_whole(model, kept, whole)
     keys_of(model, whole)  # none of them is quantized or has a piece
     schedule = plan.schedule if plan.schedule is not None else method.schedule(model)
     return method, Plan({site: build for site, build in kept.values()}, whole, schedule)

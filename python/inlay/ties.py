@@ -50,7 +50,7 @@ def sharers(model: nn.Module, paths: Iterable[str]) -> dict[str, list[str]]:
 
 
 def each_once(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """``names`` without the embeddings that look up the table of an earlier one of them: a piece acts on all of these."""
+    """``names`` without the embeddings that look up the table of an earlier one: a piece acts on all of these."""
     kept: list[str] = []
     shared = sharers(model, [name for name in names if isinstance(model.get_submodule(name), nn.Embedding)])
     for name in names:
@@ -70,8 +70,8 @@ def tied_pieces(model: nn.Module, pieces: Mapping[str, Piece]) -> dict[str, Piec
         for other in others:
             if other in pieces:
                 raise ValueError(
-                    f"{path} and {other} share one weight in this {type(model).__name__}, and there is a piece for each: "
-                    f"a piece on {path} acts on both; leave {other} out, or load the model with "
+                    f"{path} and {other} share one weight in this {type(model).__name__}, and there is a piece for "
+                    f"each: a piece on {path} acts on both; leave {other} out, or load the model with "
                     "tie_word_embeddings=False"
                 )
             made[other] = pieces[path].tied(model.get_submodule(other), other)
@@ -84,8 +84,8 @@ def check_not_whole(model: nn.Module, paths: Iterable[str], whole: Iterable[str]
     for path, others in sharers(model, paths).items():
         for other in held.intersection(others):
             raise ValueError(
-                f"{other}.weight would train whole, a piece sits on {path}, and the two are one weight (tied): choose one "
-                "of them (target_modules, modules_to_save)"
+                f"{other}.weight would train whole, a piece sits on {path}, and the two are one weight (tied): choose "
+                "one of them (target_modules, modules_to_save)"
             )
 
 

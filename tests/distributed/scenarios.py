@@ -25,6 +25,7 @@ METHODS = {
     "exact": methods.BY_NAME["s2ft-exact"].make,
     "lisa": lambda: inlay.LISA(layers=1, every=1),
     "hft": lambda: inlay.HFT(redraw_every=2),
+    "tied": lambda: inlay.TokenRows(tokens=list(range(1, families.VOCABULARY))),
     "whole": lambda: inlay.S2FT(ratio=0.25, modules_to_save=["lm_head", "norm"]),
 }
 BASES = {"dense": None, "nf4": "nf4", "nested": inlay.BaseConfig("nf4", double_quant=True)}
@@ -52,6 +53,8 @@ PLAIN = [
     ),
     Scenario("ddp", "exact", "nf4"),
     Scenario("ddp", "whole", "dense"),
+    Scenario("ddp", "tied", "dense"),
+    Scenario("fsdp", "tied", "dense"),
     Scenario("ddp", "lisa", "dense"),
     Scenario("ddp", "hft", "dense"),
     Scenario("fsdp", "whole", "nf4"),
@@ -76,10 +79,14 @@ def replicate(model: nn.Module) -> nn.Module:
 ENGINES = {"ddp": replicate, "fsdp": shard}
 
 
+def plain(scenario: Scenario) -> nn.Module:
+    """The base model."""
+    return families.llama(tie_word_embeddings=scenario.method == "tied")
+
+
 def build(scenario: Scenario) -> nn.Module:
     """The tuned model, the same in every process."""
-    model = families.llama()
-    return inlay.tune(model, METHODS[scenario.method](), base=BASES[scenario.base]).train()
+    return inlay.tune(plain(scenario), METHODS[scenario.method](), base=BASES[scenario.base]).train()
 
 
 def batches(scenario: Scenario) -> Iterator[dict[str, Tensor]]:

@@ -9,7 +9,7 @@ import torch
 from comparing import assert_close, assert_series
 from launch import once, torchrun
 from safetensors.torch import load_file
-from scenarios import GLOBAL_BATCH, METHODS, PLAIN, batches, build, trained, trainer_run
+from scenarios import GLOBAL_BATCH, METHODS, PLAIN, batches, build, plain, trained, trainer_run
 
 import inlay
 from inlay.adapters.files import RESUME_NAME, WEIGHTS_NAME
@@ -52,7 +52,7 @@ def test_the_saved_adapter_loads_in_one_process(out, scenario):
     model = build(scenario)
     for _ in trained(model, scenario, batches(scenario)):
         pass
-    base = families.llama()
+    base = plain(scenario)
     quantized = None if scenario.base == "dense" else inlay.BaseConfig("nf4", double_quant=scenario.base == "nested")
     loaded = inlay.load(base, out / str(scenario), base=quantized)
     tokens = families.prompt(tokens=7, rows=2)

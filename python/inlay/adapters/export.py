@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..bases.linear import is_conv1d
+from ..bases.linear import is_conv1d, is_linear
 from ..bases.quantized import QuantizedWeight
 from ..nn.tuned_linear import TunedLinear
 from ..pieces.embedding import EmbeddingLowRank
 from ..pieces.linear import LinearPiece
 from ..state import pieces_of, require_state, tuned_linears
+from ..ties import sharers
 from .files import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME, peft_keys, read_json, write_files
 from .peft_rules import check_accepted, check_in_peft, peft_targets
 from .save import check_worth_saving, in_file, peft_modules, tied_option
@@ -74,10 +75,15 @@ def export(model: nn.Module, directory: str | Path, *, format: str = "peft-lora"
     for path, (a, b) in factors.items():
         tensors[f"{KEY_PREFIX}{path}.lora_A.weight"] = _pad(a, 0, rank)
         tensors[f"{KEY_PREFIX}{path}.lora_B.weight"] = _pad(b, 1, rank)
+    tied = sharers(model, tables)
     for path, piece in tables.items():
         a, b = piece.lora_embedding_A.detach(), piece.scale * piece.lora_embedding_B.detach()
         tensors[f"{KEY_PREFIX}{path}.lora_embedding_A"] = _pad(a, 0, rank)
         tensors[f"{KEY_PREFIX}{path}.lora_embedding_B"] = _pad(b, 1, rank)
+        for head in tied.get(path, ()):  # which PEFT holds once more, by its own names
+            if is_linear(model.get_submodule(head)):
+                tensors[f"{KEY_PREFIX}{head}.lora_A.weight"] = _pad(b, 1, rank).t().clone()
+                tensors[f"{KEY_PREFIX}{head}.lora_B.weight"] = _pad(a, 0, rank).t().clone()
     check_worth_saving(model, name, tensors)
     tensors |= whole_in_file(model, name, format)
     transposed = any(

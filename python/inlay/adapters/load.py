@@ -17,6 +17,7 @@ from ..nn.tuned_linear import TunedLinear
 from ..nn.whole import check_whole, train_whole, whole_tensors
 from ..schedules import SCHEDULES
 from ..state import pieces_of, require_state, sample_of, sample_weights, state_of, tuned_modules
+from .base_tables import put_tables, take_tables
 from .files import CONFIG_NAME, FORMAT_VERSION, KEY_PREFIX, SCHEDULE, WEIGHTS_NAME, read_json, read_tensors
 from .tied_files import check_tied, without_tied
 from .whole_files import (
@@ -53,11 +54,13 @@ def load_onto(
     method = method_of(config, directory)
     tensors = read_tensors(directory / WEIGHTS_NAME)
     points = take_schedule(tensors)
+    tables = take_tables(tensors) if "inlay" not in config else {}
     whole = take_whole(tensors, config, method)
     grouped = group_by_module(tensors, directory)
     if not grouped and not whole:
         raise ValueError(f"{directory}: the adapter holds no tensor")
     adopt_bitsandbytes(model)
+    put_tables(model, tables)
     grouped = without_tied(model, grouped, config, directory)
     modules = dict(model.named_modules())
     for path in grouped:

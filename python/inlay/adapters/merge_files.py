@@ -16,9 +16,12 @@ from ..bases.linear import is_conv1d
 from ..fingerprint import distance, mark, warn_if_off
 from ..methods import Method
 from ..nn.probe import shallow
+from ..ties import sharers
+from .base_tables import take_tables
 from .files import CONFIG_NAME, WEIGHTS_NAME, read_json, read_tensors
 from .load import check_modules, check_sample, group_by_module, method_of
 from .originals import checkpoint_files, stored_key, stored_name
+from .tied_files import check_tied, without_tied
 from .whole_files import take_whole
 
 #: Weights in other formats: a merged folder that still held them would be loaded unmerged by some readers.
@@ -48,8 +51,10 @@ def merge_files(base: str | Path, adapter: str | Path, output: str | Path) -> No
     files = checkpoint_files(base)
     modules = _modules(base)
     tensors = read_tensors(adapter / WEIGHTS_NAME)
+    take_tables(tensors)
     whole = _whole_by_stored_name(take_whole(tensors, config, method), base, files, modules)
-    grouped = group_by_module(tensors, adapter)
+    grouped = without_tied(modules[""], group_by_module(tensors, adapter), config, adapter)
+    check_tied(modules[""], grouped, config, method)
     check_modules(grouped, config, adapter)
     changes = _by_stored_name(grouped, base, files, modules)
     ours = config.get("inlay") or {}
@@ -107,13 +112,17 @@ def _by_stored_name(
     """What the adapter changes, by each of the checkpoint's keys that it concerns."""
     prefix: Any = getattr(modules[""], "base_model_prefix", "")
     found: dict[str, _Change] = {}
+    tied = sharers(modules[""], [path for path in grouped if path in modules])
     for path, held in grouped.items():
-        key = stored_name(path, prefix, files)
-        if key is None or path not in modules:
+        # a checkpoint may hold a weight that several modules share under the name of any of them, or of each
+        names = [stored_name(name, prefix, files) for name in (path, *tied.get(path, ()))]
+        keys = list(dict.fromkeys(name for name in names if name is not None))
+        if not keys or path not in modules:
             raise ValueError(f"the adapter tunes {path!r}, which {base} lacks; merge into the base it was trained on")
         bias = stored_key(f"{path}.bias", prefix, files)
-        change = _Change(path, held, {"weight": key} if bias is None else {"weight": key, "bias": bias})
-        found |= dict.fromkeys(change.keys.values(), change)
+        for key in keys:
+            change = _Change(path, held, {"weight": key} if bias is None else {"weight": key, "bias": bias})
+            found |= dict.fromkeys(change.keys.values(), change)
     return found
 
 

@@ -118,7 +118,7 @@ def in_file(model: nn.Module, name: str, state_dict: dict[str, Tensor] | None = 
 
 
 def tied_option(model: nn.Module, name: str) -> dict[str, bool]:
-    """PEFT's ``ensure_weight_tying``, where a tensor trained whole, or the weight of a piece, is held by two modules."""
+    """PEFT's ``ensure_weight_tying``, where two modules hold a tensor trained whole, or the weight of a piece."""
     if sharers(model, pieces_of(model, name)):
         return {"ensure_weight_tying": True}
     holders = Counter(id(held) for _, _, _, held in owners(model) if name in held.copies)

@@ -31,8 +31,8 @@ def without_tied(
         for other in [other for other in others if other in kept and path in kept]:
             if not _same(kept[path], kept[other]):
                 raise ValueError(
-                    f"{where}: the adapter holds one change of {path} and another of {other}, which are one weight in this "
-                    f"{type(model).__name__} (tied): load the model with tie_word_embeddings=False"
+                    f"{where}: the adapter holds one change of {path} and another of {other}, which are one weight in "
+                    f"this {type(model).__name__} (tied): load the model with tie_word_embeddings=False"
                 )
             del kept[other]
     return kept

@@ -164,8 +164,8 @@ def fit_vocabulary(
         raise ValueError(
             f"the adapter was trained with {wanted} tokens and this {type(model).__name__} has {here}: call "
             f"resize_token_embeddings({wanted}) first, and give the new tokens the embeddings they had in training "
-            "(the adapter holds them if they were trainable, named in modules_to_save, or rows of inlay.TokenRows, of the "
-            "head too where it is not tied)"
+            "(the adapter holds them if they were trainable, named in modules_to_save, or rows of inlay.TokenRows, of "
+            "the head too where it is not tied)"
         )
     model.resize_token_embeddings(wanted, mean_resizing=False)
 

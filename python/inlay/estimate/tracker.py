@@ -74,7 +74,6 @@ class Tracker(TorchDispatchMode):
 
     def step(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
         """One forward and backward of ``model(**batch).loss``."""
-        self._before |= {_key(tensor) for tensor in batch.values()}  # whose views are no new memory
         with ExitStack() as stack:
             for hook in (
                 register_module_forward_pre_hook(self._enter),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..nn.tuned_linear import TunedLinear
+from ..ties import is_tied
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,14 @@ def check_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
 def _check_head(model: Any) -> None:
     """TRL reads ``lm_head.weight`` and never calls the head."""
     head = model.get_output_embeddings()
-    if isinstance(head, TunedLinear) and head.active_deltas():
+    active = head.active_deltas() if isinstance(head, TunedLinear) else []
+    if any(is_tied(piece) for piece in active):
+        raise ValueError(
+            "TRL computes the loss from lm_head.weight without calling lm_head, which is tied to embeddings that train: "
+            "their change would be missing there; use inlay.finetune or transformers' Trainer, or train the tables whole "
+            '(modules_to_save=["embed_tokens", "lm_head"])'
+        )
+    if active:
         raise ValueError(
             "TRL computes the loss from lm_head.weight without calling lm_head: wanted an adapter that leaves the "
             "output head alone, got a delta on it, which would never train; add lm_head to exclude_modules"

@@ -47,8 +47,8 @@ def _means_nothing(option: str, value: Any) -> bool:
 class LoRA(Method):
     """Train ``ΔW = s·B·A`` of rank ``r`` on the targeted linears, and on embeddings that are named.
 
-    On an embedding, A is zero and B random at first, and there is no dropout, as in PEFT. A head that is tied to it takes
-    part (PEFT's ``ensure_weight_tying=True``).
+    On an embedding, A is zero and B random at first, and there is no dropout, as in PEFT. A head that is tied to it
+    takes part (PEFT's ``ensure_weight_tying=True``).
 
     Attributes:
         r: rank.
@@ -99,7 +99,7 @@ class LoRA(Method):
         table = input_embedding(model)
         if table is None:
             raise ValueError(
-                f"embeddings=True: found no embedding of tokens in this {type(model).__name__}; name one in target_modules"
+                f"embeddings=True: this {type(model).__name__} has no embedding of tokens; name one in target_modules"
             )
         return each_once(model, names if table in names else [table, *names])
 

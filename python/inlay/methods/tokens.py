@@ -45,8 +45,8 @@ class TrainsTokens(Method):
     def plan(self, model: nn.Module, calibration: Calibration | None) -> Plan:
         if self.layers_to_transform is not None:
             raise ValueError(
-                f"layers_to_transform: tokens have their rows outside the layers, got {self.layers_to_transform}; leave "
-                "it out"
+                f"layers_to_transform: tokens have their rows outside the layers, got {self.layers_to_transform}; "
+                "leave it out"
             )
         named = self.target_modules is not None or self.exclude_modules is not None
         paths = each_once(model, self._named(model) if named else self.tables(model))
@@ -81,8 +81,8 @@ class TrainsTokens(Method):
         here, before = int(module.weight.shape[0]), original_vocabulary(model)
         if before is None:
             raise ValueError(
-                'tokens="new": the checkpoint that this model came from is not at hand, so that nobody knows which tokens '
-                "are new: pass their ids, e.g. tokens=list(range(old, len(tokenizer)))"
+                'tokens="new": the checkpoint that this model came from is not at hand, so that nobody knows which '
+                "tokens are new: pass their ids, e.g. tokens=list(range(old, len(tokenizer)))"
             )
         if before >= here:
             raise ValueError(

@@ -90,8 +90,8 @@ class Piece(nn.Module, ABC):
             ValueError: this piece cannot act on both, so that a merge would change one of them by accident.
         """
         raise ValueError(
-            f"{where} shares the weight that a {type(self).__name__} would change (tied weights): tuning one would tune "
-            "both on merge; untie them, or name other modules"
+            f"{where} shares the weight that a {type(self).__name__} would change (tied weights): tuning one would "
+            "tune both on merge; untie them, or name other modules"
         )
 
     # --- several of a kind ---

@@ -59,8 +59,8 @@ def lookup_of(module: nn.Module, where: str) -> Lookup:
         raise ValueError(f"{where}: wanted an nn.Embedding with a [tokens, width] table, got {type(module).__name__}")
     if weight.dtype not in _DTYPES:
         raise ValueError(
-            f"{where}: its table is stored packed, as {weight.dtype} ({type(module).__name__}), and a change of it could "
-            "not be merged; load the model with dense embeddings, or tune its linears"
+            f"{where}: its table is stored packed, as {weight.dtype} ({type(module).__name__}), and a change of it "
+            "could not be merged; load the model with dense embeddings, or tune its linears"
         )
     if not takes_only(module, ()) or module.max_norm is not None:
         raise ValueError(
@@ -143,8 +143,8 @@ class _AddLowRankRows(Function):
     def forward(ctx: Any, y: Tensor, a: Tensor, b: Tensor, ids: Tensor, scale: float, padding: int | None) -> Tensor:
         ctx.save_for_backward(a, b, ids)
         ctx.scale, ctx.padding = scale, padding
-        change = a.index_select(1, ids.reshape(-1)).t() @ b.t()
-        return torch.add(y, change.view(y.shape), alpha=scale).to(y.dtype)
+        change = nn.functional.embedding(ids, a.t()) @ b.t()
+        return torch.add(y, change, alpha=scale).to(y.dtype)
 
     @staticmethod
     @once_differentiable
@@ -270,8 +270,8 @@ def check_tokens(indices: Tensor, tokens: int, where: str) -> Tensor:
     beyond = [int(i) for i in indices.reshape(-1) if not 0 <= int(i) < tokens]
     if beyond:
         raise ValueError(
-            f"{where}: wanted token ids from 0 to {tokens - 1}, all its table has, got {beyond[0]}; give the model more "
-            "tokens first, with resize_token_embeddings"
+            f"{where}: wanted token ids from 0 to {tokens - 1}, all its table has, got {beyond[0]}; give the model "
+            "more tokens first, with resize_token_embeddings"
         )
     return check_indices(indices, tokens, where)
 

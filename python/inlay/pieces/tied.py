@@ -49,8 +49,8 @@ class TiedLinear(Tied, LinearPiece):
     def __init__(self, source: Piece, module: nn.Module, where: str) -> None:
         if not is_linear(module) or is_conv1d(module) or not computes_linear(module):
             raise ValueError(
-                f"{where}: a {type(module).__name__} shares the table of an embedding, and neither looks up its rows nor "
-                "multiplies by it as an nn.Linear: a change of the table has no form there; untie them"
+                f"{where}: a {type(module).__name__} shares the table of an embedding, and neither looks up its rows "
+                "nor multiplies by it as an nn.Linear: a change of the table has no form there; untie them"
             )
         LinearPiece.__init__(self, *widths(module))
         self.source_held = (source,)

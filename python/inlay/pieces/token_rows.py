@@ -1,6 +1,6 @@
 """Rows of tokens, of an embedding or of an output head, under the names that PEFT stores.
 
-What trains are the rows themselves, as in PEFT: on a base whose new tokens were initialized otherwise they mean the same.
+What trains are the rows themselves, as in PEFT: on a base whose new tokens began otherwise they mean the same.
 
 Source: peft/tuners/trainable_tokens/layer.py of PEFT 0.21.
 """
