@@ -26,8 +26,21 @@ struct Rows {
         token(t.strides[2]),
         head(t.strides[1]),
         group(heads) {}
-  T* operator[](int64_t r) const {
-    return group == 1 ? data + r * token : data + r / group * token + r % group * head;
+
+  // Goes from row to row: a division for each would take as long as packing it.
+  struct Cursor {
+    T* at;
+    int64_t left, token, head, group;  // rows of this token that are still to come
+    T* next() {
+      T* const row = at;
+      at += head;
+      if (--left == 0) at += token, left = group;
+      return row;
+    }
+  };
+  Cursor from(int64_t r) const {
+    const int64_t t = r / group, h = r - t * group;
+    return {data + t * token + h * head, group - h, token - group * head, head, group};
   }
 };
 
@@ -96,10 +109,20 @@ struct Visible {
   Visible(E, const Spans& spans, int64_t first, int64_t count, int64_t group, int64_t first_key,
           int64_t key_count)
       : rows(count), vecs(vecs_of<E>(count)), keys(key_count) {
+    const int64_t first_token = first / group, last_token = (first + count - 1) / group;
+    if (spans.begin(last_token) <= first_key && spans.end(first_token) >= first_key + keys) {
+      for (int64_t i = 0; i < kLanes; i += Vec::kWidth) {
+        store(begin + i, Vec(0.0f));
+        store(end + i, Vec(float(keys)));
+      }
+      for (int64_t v = 0; v < vecs; ++v) some[v] = all[v] = {0, keys};
+      return;
+    }
+    int64_t token = first_token, left = group - (first - token * group);  // rows of the token still to come
     for (int64_t r = 0; r < vecs * Vec::kWidth; ++r) {
-      const int64_t token = (first + (r < count ? r : count - 1)) / group;  // what is beyond sees as the last
       begin[r] = float(clamp(spans.begin(token) - first_key, 0, keys));
       end[r] = float(clamp(spans.end(token) - first_key, 0, keys));
+      if (--left == 0 && token < last_token) ++token, left = group;  // rows beyond the last see what it does
     }
     for (int64_t v = 0; v < vecs; ++v) {
       const int64_t low = v * Vec::kWidth, high = low + Vec::kWidth - 1;

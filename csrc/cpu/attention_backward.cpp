@@ -79,10 +79,11 @@ inline void load_queries(const Buffers<E>& b, const Head<T>& head, int64_t first
                          int64_t width) {
   load_side<E, T>(b, b.q, b.q_groups, head.q, first, count, width);
   load_side<E, T>(b, b.dout, b.dout_groups, head.dout, first, count, width);
+  auto lse = head.lse.from(first);
+  auto dout = head.dout.from(first), out = head.out.from(first);
   for (int64_t r = 0; r < kLanes; ++r) {
-    b.lse[r] =
-        r < count ? *head.lse[first + r] * kLog2e : __builtin_inff();  // 2^-inf: rows beyond add nothing
-    b.delta[r] = r < count ? dot(head.dout[first + r], head.out[first + r], width) : 0.0f;
+    b.lse[r] = r < count ? *lse.next() * kLog2e : __builtin_inff();  // 2^-inf: rows beyond add nothing
+    b.delta[r] = r < count ? dot(dout.next(), out.next(), width) : 0.0f;
   }
   memset(b.dq, 0, size_t(kLanes * b.padded) * 4);
 }
@@ -177,8 +178,11 @@ inline void add_queries(const Buffers<E>& b, const Visible& visible, int64_t sta
 template <class T>
 inline void store_rows(const Rows<T>& to, const float* from, int64_t ld, int64_t first, int64_t count,
                        int64_t width) {
-  for (int64_t r = 0; r < count; ++r)
-    for_vecs(width, [&](int64_t j, int n) { store_n(to[first + r] + j, load(from + r * ld + j), n); });
+  auto row = to.from(first);
+  for (int64_t r = 0; r < count; ++r) {
+    T* at = row.next();
+    for_vecs(width, [&](int64_t j, int n) { store_n(at + j, load(from + r * ld + j), n); });
+  }
 }
 
 // One key head and keys [begin, end) of it.

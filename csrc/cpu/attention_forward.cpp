@@ -135,13 +135,15 @@ inline void load_queries(const Buffers<E>& b, const Rows<const T>& q, int64_t fi
 template <class E, class T>
 inline void store_rows(const Buffers<E>& b, const Rows<T>& out, const Rows<float>& lse, int64_t first,
                        int64_t count, int64_t width) {
+  auto row = out.from(first);
+  auto sum = lse.from(first);
   for (int64_t r = 0; r < count; ++r) {
     const float total = b.total[r];
     const Vec inverse(total == 0 ? 0.0f : 1.0f / total);
-    T* to = out[first + r];
+    T* to = row.next();
     const float* from = b.out + r * b.padded;
     for_vecs(width, [&](int64_t j, int n) { store_n(to + j, load(from + j) * inverse, n); });
-    *lse[first + r] = total == 0 ? -__builtin_inff() : float(b.high[r] * double(kLn2) + __builtin_log(total));
+    *sum.next() = total == 0 ? -__builtin_inff() : float(b.high[r] * double(kLn2) + __builtin_log(total));
   }
 }
 

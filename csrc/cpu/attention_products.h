@@ -114,8 +114,9 @@ inline void store_halves([[maybe_unused]] float* even_row, [[maybe_unused]] floa
 template <class E, class T, class Source>
 inline void pack_rows(float* out, int64_t ld, const Source& rows, int64_t first, int64_t count,
                       int64_t width) {
+  auto cursor = rows.from(first);
   for (int64_t r = 0; r < count; ++r) {
-    const T* row = rows[first + r];
+    const T* row = cursor.next();
     float* to = out + r * ld;
     if constexpr (kPaired<E>) {
       memcpy(to, row, size_t(width) * 2);
@@ -144,9 +145,10 @@ inline Vec pair_up(const T* even, const T* odd, int64_t j, int n) {
 template <class E, class T, class Source>
 inline void pack_groups(float* out, int64_t ld, const Source& rows, int64_t first, int64_t count,
                         int64_t width, int64_t units) {
+  auto cursor = rows.from(first);
   for (int64_t r = 0; r < count; r += E::kStep) {
-    const T* even = rows[first + r];
-    const T* odd = kPaired<E> && r + 1 < count ? rows[first + r + 1] : nullptr;
+    const T* even = cursor.next();
+    const T* odd = kPaired<E> && r + 1 < count ? cursor.next() : nullptr;
     float* to = out + r / E::kStep * ld;
     for_vecs(width, [&](int64_t j, int n) {  // stores whole Vecs: ld is a multiple of them
       store(to + j, kPaired<E> ? pair_up(even, odd, j, n) : load_n(even + j, n));
