@@ -53,9 +53,9 @@ def _check_head(model: Any) -> None:
     active = head.active_deltas() if isinstance(head, TunedLinear) else []
     if any(is_tied(piece) for piece in active):
         raise ValueError(
-            "TRL computes the loss from lm_head.weight without calling lm_head, which is tied to embeddings that train, "
-            "so that their change would be missing there; use inlay.finetune or transformers' Trainer, or train the "
-            'tables whole (modules_to_save=["embed_tokens", "lm_head"])'
+            "TRL computes the loss from lm_head.weight without calling lm_head, which is tied to embeddings that "
+            "train: their change would be missing; use inlay.finetune or transformers' Trainer, or train the tables "
+            'whole (modules_to_save=["embed_tokens", "lm_head"])'
         )
     if active:
         raise ValueError(
