@@ -31,6 +31,15 @@ TITLES = {
     "peft-lora": "PEFT LoRA (r=16, all linears)",
     "peft-qlora": "PEFT + bitsandbytes NF4 (r=16, all linears)",
     "full": "full fine-tuning (torch AdamW)",
+    "inlay-full": "inlay Full",
+    "inlay-freeze-layers": "inlay FreezeLayers (last quarter)",
+    "inlay-hft": "inlay HFT",
+    "inlay-lisa": "inlay LISA (2 of 30 blocks)",
+    "inlay-lisa-blocks": "inlay LISA (2 of 30 blocks, embeddings frozen)",
+    "inlay-green": "inlay GreenTrainer (rho=0.5)",
+    "inlay-ln-tuning": "inlay LNTuning",
+    "inlay-ssf": "inlay SSF",
+    "inlay-ia3": "inlay IA3",
 }
 
 
@@ -212,6 +221,7 @@ def run_memory_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "train-step": lambda: step_table("train_step_cpu", "peft-lora"),
     "train-step-nf4": lambda: step_table("train_step_cpu_nf4", "peft-qlora"),
+    "train-step-whole": lambda: step_table("train_step_cpu_whole", "full"),
     "quality": quality_table,
     "scale": scale_table,
     "estimate": estimate_table,

@@ -78,7 +78,9 @@ def worker(args: argparse.Namespace) -> None:
         return {"kept_per_token_per_layer": result["bytes"] / tokens.numel() / model.config.num_hidden_layers}
 
     def peak() -> dict[str, float]:
-        trainable = sum(p.numel() for p in built.model.parameters() if p.requires_grad)  # of which a schedule has chosen
+        trainable = sum(
+            p.numel() for p in built.model.parameters() if p.requires_grad
+        )  # of which a schedule has chosen
         return {"peak": _measure.peak(args.device) - before, "trainable": trainable}
 
     answers = {"step": step, "kept": kept, "peak": peak}

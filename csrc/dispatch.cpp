@@ -24,6 +24,9 @@ namespace avx2 {
 namespace avx512 {
 #include "ops.h"
 }
+namespace avx512_bf16 {
+#include "ops.h"
+}
 namespace amx {
 #include "ops.h"
 }
@@ -65,6 +68,15 @@ constexpr KernelTable kAvx512 = {
 };
 #undef INLAY_OP
 
+// Those of avx512, but where products of bf16 pairs pay.
+constexpr KernelTable kAvx512Bf16 = [] {
+  KernelTable table = kAvx512;
+  table.isa = "avx512_bf16";
+  table.attention_forward = &avx512_bf16::attention_forward;
+  table.attention_backward = &avx512_bf16::attention_backward;
+  return table;
+}();
+
 #define INLAY_OP(name, args) &amx::name,
 #define INLAY_CUDA_OP(name, args) nullptr,
 constexpr KernelTable kAmx = {
@@ -104,10 +116,11 @@ bool may_use_tiles() {
 }
 
 struct CpuFeatures {
-  bool avx2 = false, avx512 = false, amx = false;
+  bool avx2 = false, avx512 = false, avx512_bf16 = false, amx = false, intel = false;
 
   CpuFeatures() {
     unsigned a = 0, b = 0, c = 0, d = 0;
+    intel = __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return;
     const bool osxsave = c & (1u << 27), fma = c & (1u << 12), f16c = c & (1u << 29);
     if (!osxsave || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
@@ -119,8 +132,9 @@ struct CpuFeatures {
     constexpr unsigned kAmx = (1u << 22) | (1u << 24);  // bf16, tile
     avx512 = avx2 && (saved & kZmm) == kZmm && (b & kAvx512) == kAvx512;
     amx = avx512 && (saved & kTiles) == kTiles && (d & kAmx) == kAmx && may_use_tiles();
-    constexpr unsigned kAvx512Bf16 = 1u << 5;  // of another leaf; every CPU with tiles has it
-    amx = amx && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvx512Bf16);
+    constexpr unsigned kBf16 = 1u << 5;  // of another leaf; every CPU with tiles has it
+    avx512_bf16 = avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kBf16);
+    amx = amx && avx512_bf16;
   }
 };
 
@@ -134,7 +148,10 @@ std::vector<const KernelTable*> available() {
   std::vector<const KernelTable*> tables = {&kScalar};
 #if defined(INLAY_HAVE_avx2)
   if (cpu().avx2) tables.push_back(&kAvx2);
+  // Intel's AVX-512 multiplies pairs of bf16 at half the rate of fp32, AMD's at twice.
+  if (cpu().avx512_bf16 && cpu().intel) tables.push_back(&kAvx512Bf16);
   if (cpu().avx512) tables.push_back(&kAvx512);
+  if (cpu().avx512_bf16 && !cpu().intel) tables.push_back(&kAvx512Bf16);
   if (cpu().amx) tables.push_back(&kAmx);
 #endif
   return tables;
@@ -204,7 +221,7 @@ std::vector<std::string> available_isas() {
 std::vector<std::string> built_isas() {
   std::vector<std::string> names = {"scalar"};
 #if defined(INLAY_HAVE_avx2)
-  names.insert(names.end(), {"avx2", "avx512", "amx"});
+  names.insert(names.end(), {"avx2", "avx512", "avx512_bf16", "amx"});
 #endif
   return names;
 }

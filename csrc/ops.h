@@ -49,9 +49,26 @@ INLAY_OP(swiglu_backward,
 INLAY_OP(rms_norm_forward, (const TensorView& y, const TensorView& rstd, const TensorView& x,
                             const TensorView& weight, double eps, double offset))
 
-// t = dy·(offset + weight)   dx = rstd·(t − x·rstd²·mean(t·x))     dx, dy, x float [M, H]
-INLAY_OP(rms_norm_backward, (const TensorView& dx, const TensorView& dy, const TensorView& x,
-                             const TensorView& weight, const TensorView& rstd, double offset))
+// t = dy·(offset + weight)   dx = rstd·(t − x·rstd²·mean(t·x))   dweight[j] = Σ_m dy[m, j]·x[m, j]·rstd[m]
+// dx, dy, x float [M, H]; dweight [H] of any float dtype; one of the two may be None
+// sums f32 [P, H], of any content: scratch for dweight, a row for each of P ≥ 1 shares of the rows; or None
+INLAY_OP(rms_norm_backward,
+         (const TensorView& dx, const TensorView& dweight, const TensorView& sums, const TensorView& dy,
+          const TensorView& x, const TensorView& weight, const TensorView& rstd, double offset))
+
+// y[m, c] = round(gamma·x[m, c] + beta), at every channel c or at the indices; the other channels are copied
+// y, x float [M, K]; gamma, beta f32 [K], or [s] with indices, one of them possibly None (1, 0); indices or
+// None
+INLAY_OP(scale_shift_forward, (const TensorView& y, const TensorView& x, const TensorView& gamma,
+                               const TensorView& beta, const TensorView& indices))
+
+// dx = gamma·dy, at the indices or at all   dgamma[j] = Σ_m dy·x   dbeta[j] = Σ_m dy
+// dx, dy float [M, K]; x float [M, K] or [M, s], the chosen channels; dgamma, dbeta, gamma f32 [K] or [s]
+// dx (with gamma), dgamma (with x) and dbeta may be None, but one of the last two is given
+// sums f32 [P, n], n the numbers of dgamma and dbeta together: scratch as above
+INLAY_OP(scale_shift_backward,
+         (const TensorView& dx, const TensorView& dgamma, const TensorView& dbeta, const TensorView& sums,
+          const TensorView& dy, const TensorView& x, const TensorView& gamma, const TensorView& indices))
 
 // y1 = x1·cos1 − x2·sin1   y2 = x2·cos2 + x1·sin2       halves of the first R channels; the others are copied
 // inverse: y1 = x1·cos1 + x2·sin2   y2 = x2·cos2 − x1·sin1         (the transposed map)
@@ -108,16 +125,26 @@ INLAY_OP(adamw_8bit_bf16_step,
           const TensorView& signed_map, const TensorView& unsigned_map, double lr, double beta1, double beta2,
           double eps, double weight_decay, int64_t step, double grad_scale, int64_t seed))
 
-// Gradients of softmax(q·kᵀ·scale, causal)·v, from out and the rows' logsumexp:
-//   P = exp(q·kᵀ·scale − lse)   dS = P·(dout·vᵀ − rowsum(dout·out))·scale   dq = dS·k   dk = dSᵀ·q   dv =
-//   Pᵀ·dout
-// dq, dout, q, out bf16 [B, H, T, D]; k, v bf16 [B, G, T, D], H a multiple of G; lse f32 [B, H, T];
-// dk, dv f32 [B, H, T, D], one part per query head (the caller adds those of a group). D a multiple of 32,
-// unit stride along D (and T for lse). P and dS are rounded to bf16 for the products. Exists at isa amx only.
-INLAY_CPU_OP(causal_attention_backward,
-             (const TensorView& dq, const TensorView& dk, const TensorView& dv, const TensorView& dout,
-              const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out,
-              const TensorView& lse, double scale))
+// out = softmax(q·kᵀ·scale)·v over the keys that a query sees   lse = their logsumexp
+// q, out float [B, H, T, D]; k, v float [B, G, S, D], H a multiple of G; lse f32 [B, H, T]; unit stride along
+// D. spans int64 [B or 1, T, 2]: token t sees keys spans[t][0] ≤ j < spans[t][1], both in [0, S] and neither
+// falling from token to token; or None, which is causal: keys j ≤ t, and S = T. A token that sees none: out
+// 0, lse -inf. Nothing is computed for blocks of keys that nobody sees. Where the CPU multiplies pairs of
+// bf16 (isa avx512_bf16 and amx) P is rounded to bf16 for its product, as torch does. No CUDA kernel: torch's
+// flash attention is there already.
+INLAY_CPU_OP(attention_forward,
+             (const TensorView& out, const TensorView& lse, const TensorView& q, const TensorView& k,
+              const TensorView& v, const TensorView& spans, double scale))
+
+// Its gradients, from out and lse:
+//   P = exp(q·kᵀ·scale − lse)   dS = P·(dout·vᵀ − rowsum(dout·out))·scale
+//   dq = dS·k   dk = dSᵀ·q   dv = Pᵀ·dout, dk and dv summed over the heads of a group
+// dq, dout as q, dk as k, dv as v. parts f32 [P, B, H, T, D], scratch of any content: the keys are worked on
+// in P shares, which are added in order; or None, one share. dS is rounded where P is.
+INLAY_CPU_OP(attention_backward,
+             (const TensorView& dq, const TensorView& dk, const TensorView& dv, const TensorView& parts,
+              const TensorView& dout, const TensorView& q, const TensorView& k, const TensorView& v,
+              const TensorView& out, const TensorView& lse, const TensorView& spans, double scale))
 
 // absmax[b] = max |w| in block b, NaN if w is not finite there;  code = level nearest to w/absmax[b]
 // packed[i] = code[2i] << 4 | code[2i+1]                 packed u8 [ceil(n/2)]; absmax f32

@@ -10,6 +10,7 @@ set(INLAY_CUDA_SOURCES
     cuda/rms_norm.cu
     cuda/rope.cu
     cuda/runtime.cu
+    cuda/scale_shift.cu
     cuda/submatrix_grad.cu
     cuda/submatrix_linear.cu
     cuda/swiglu.cu)

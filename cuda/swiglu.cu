@@ -4,7 +4,7 @@
 //   backward  dgate = dh·up·act'(gate)   dup = dh·act(gate)   h_sel[m, j] = h[m, indices[j]]
 //
 //   gate, up, dh, h, dgate, dup  [M, K]    h_sel  [M, s]
-#include "rows.cuh"
+#include "chosen.cuh"
 
 namespace inlay {
 namespace cuda {
@@ -68,26 +68,6 @@ __global__ void forward_kernel(Rows<T> out, Rows<const T> gate, Rows<const T> up
   store(out.at(m) + j, g);
 }
 
-// How many of the sorted indices are below `value`, for all lanes of a warp at once: each looks at the last
-// of its 32nd of those in question, so that two rounds of loads settle a thousand.
-__device__ __forceinline__ int64_t count_below(const int64_t* indices, int64_t count, int64_t value) {
-  const int lane = int(threadIdx.x) % kWarp;
-  int64_t low = 0, left = count;  // the answer is in [low, low + left]
-  while (left > 0) {
-    const int64_t step = (left + kWarp - 1) / kWarp, last = (lane + 1) * step - 1;
-    const bool below = last < left && indices[low + last] < value;
-    const int64_t passed = __popc(__ballot_sync(kAllLanes, below)) * step;
-    low += passed;
-    left = left - passed < step ? left - passed : step - 1;
-  }
-  return low;
-}
-
-struct Chosen {
-  const int64_t* indices;
-  int64_t count;
-};
-
 // A warp works on 32·N neighbouring channels of one row. h of those that are chosen is rebuilt from gate and
 // up where they lie, in L1 by then: a launch of its own would fetch 32 bytes of each for every two that it
 // needs.
@@ -110,14 +90,8 @@ __global__ void backward_kernel(Rows<T> dgate, Rows<T> dup, Rows<T> h_sel, Rows<
     store(dgate.at(m) + j, g);
     store(dup.at(m) + j, u);
   }
-  if (chosen.count == 0) return;
-  const int lane = int(threadIdx.x) % kWarp;
-  const int64_t begin = j - lane * N, end = begin + kWarp * N;
-  for (int64_t i = count_below(chosen.indices, chosen.count, begin) + lane; i < chosen.count; i += kWarp) {
-    const int64_t c = chosen.indices[i];
-    if (c >= end) break;
-    activate<Act>(gate.at(m)[c], up.at(m)[c], h_sel.at(m)[i]);
-  }
+  for_chosen<N>(chosen, j,
+                [&](int64_t i, int64_t c) { activate<Act>(gate.at(m)[c], up.at(m)[c], h_sel.at(m)[i]); });
 }
 
 template <class F>
@@ -148,7 +122,7 @@ void swiglu_backward(const TensorView& dgate, const TensorView& dup, const Tenso
                      const TensorView& dh, const TensorView& gate, const TensorView& up,
                      const TensorView& indices, int64_t act) {
   const int64_t count = gate.shape[0], width = gate.shape[1];
-  const Chosen chosen{data<const int64_t>(indices), indices.shape[0]};
+  const Chosen chosen = chosen_of(indices);
   with_float(gate.dtype, [&](auto element) {
     with_act(act, [&](auto activation) {
       using T = decltype(element);

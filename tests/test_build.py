@@ -27,7 +27,7 @@ def test_doctor_says_what_every_op_takes_and_why(monkeypatch):
     assert {f"op {name}" for name in RAW_OPS} <= set(report)
     if not _native.has_cuda():
         assert "no CUDA kernels in this build" in report["op swiglu_forward"]
-    assert "torch's own attention" in report["op causal_attention_backward"].partition("CUDA")[2]
+    assert "torch's own attention" in report["op attention_backward"].partition("CUDA")[2]
     monkeypatch.setenv("INLAY_FORCE_PATH", "reference")
     assert "INLAY_FORCE_PATH=reference" in dict(doctor.report())["op swiglu_forward"]
 

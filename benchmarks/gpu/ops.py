@@ -189,10 +189,20 @@ def block_cases(tokens: int = 8192, hidden: int = 4096, inner: int = 14336) -> I
     yield Case(
         "rms_norm_forward", per_set(lambda: op("rms_norm_forward", randn(tokens, hidden), weight, 1e-5, 0.0)), 2 * row
     )
-    norm_back = per_set(
-        lambda: op("rms_norm_backward", randn(tokens, hidden), randn(tokens, hidden), weight, rstd, 0.0)
+    for trained in (False, True):
+        norm_back = per_set(
+            lambda: op(
+                "rms_norm_backward", *(randn(tokens, hidden) for _ in range(2)), weight, rstd, 0.0, True, trained
+            )
+        )
+        yield Case("rms_norm_backward" + " with dweight" * trained, norm_back, 3 * row)
+    gamma, beta = (randn(hidden, dtype=torch.float32) for _ in range(2))
+    scaled = per_set(lambda: op("scale_shift_forward", randn(tokens, hidden), gamma, beta, None))
+    yield Case("scale_shift_forward", scaled, 2 * row)
+    scaled_back = per_set(
+        lambda: op("scale_shift_backward", *(randn(tokens, hidden) for _ in range(2)), gamma, None, True, True, True)
     )
-    yield Case("rms_norm_backward", norm_back, 3 * row)
+    yield Case("scale_shift_backward", scaled_back, 3 * row)
     logits, labels = randn(1024, 128256), torch.randint(0, 128256, (1024,), device=DEVICE)
     yield Case(
         "cross_entropy_chunk with gradient",

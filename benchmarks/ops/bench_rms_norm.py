@@ -31,16 +31,26 @@ def main() -> None:
         )
         line(f"forward [{rows}, {width}]", times, gigabytes=2 * 2 * x.numel() / 1e9)
 
-        rstd = rms_norm_forward(x, weight, 1e-5, 0.0)[1]
-        leaf = x.clone().requires_grad_()
-        y = _eager(leaf, weight)
-        times = alternate(
-            {
-                "ours": lambda: rms_norm_backward(dy, x, weight, rstd, 0.0),
-                "transformers eager": lambda: torch.autograd.grad(y, leaf, dy, retain_graph=True),
-            }
-        )
-        line(f"backward [{rows}, {width}]", times, gigabytes=3 * 2 * x.numel() / 1e9)
+        _backward(rows, width, dy, x, weight)
+
+
+def _backward(rows, width, dy, x, weight):
+    """dx alone, and with dweight: the same bytes, one pass."""
+    rstd = rms_norm_forward(x, weight, 1e-5, 0.0)[1]
+    leaf, trained = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    y = _eager(leaf, trained)
+    exact = (dy.double() * x.double() * rstd.double()[:, None]).sum(0)
+    plain = torch.autograd.grad(y, trained, dy, retain_graph=True)[0]
+    check(rms_norm_backward(dy, x, weight, rstd, 0.0, True, True)[1], plain, exact, "dweight")
+    times = alternate(
+        {
+            "ours": lambda: rms_norm_backward(dy, x, weight, rstd, 0.0, True, False),
+            "with dweight": lambda: rms_norm_backward(dy, x, weight, rstd, 0.0, True, True),
+            "transformers eager": lambda: torch.autograd.grad(y, leaf, dy, retain_graph=True),
+            "transformers eager, with dweight": lambda: torch.autograd.grad(y, (leaf, trained), dy, retain_graph=True),
+        }
+    )
+    line(f"backward [{rows}, {width}]", times, gigabytes=3 * 2 * x.numel() / 1e9)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,9 @@ inline T* data(const TensorView& t) {
   return static_cast<T*>(t.data);
 }
 
+// Not None.
+inline bool given(const TensorView& t) { return t.data || t.ndim != 0; }
+
 // Longest stretch that is summed in fp32: 64 additions per lane. Beyond it sums go on in double, so that long
 // rows lose nothing, whatever the width of a Vec.
 constexpr int64_t kSumSpan = 64 * Vec::kWidth;

@@ -72,23 +72,10 @@ inline void square(float* c, int64_t ldc, bool add, const uint16_t* a, int64_t l
   _tile_stored(3, c + 16 * ldc + 16, c_bytes);
 }
 
-// out [width, ld]: rows as columns
-inline void transpose(uint16_t* out, int64_t ld, const uint16_t* rows, int64_t count, int64_t width) {
-  for (int64_t r = 0; r < count; ++r)
-    for (int64_t d = 0; d < width; ++d) out[d * ld + r] = rows[r * width + d];
-}
-
 // out [width/2, ld] of pairs along d: the right operand of a product over d, one column per row of `rows`
 inline void pair_channels(uint32_t* out, int64_t ld, const uint16_t* rows, int64_t count, int64_t width) {
   for (int64_t r = 0; r < count; ++r)
     for (int64_t d = 0; d < width / 2; ++d) memcpy(out + d * ld + r, rows + r * width + 2 * d, 4);
-}
-
-// out [count/2, width] of pairs of rows: the right operand of a product over rows
-inline void pair_rows(uint32_t* out, const uint16_t* rows, int64_t count, int64_t width) {
-  for (int64_t r = 0; r < count; r += 2)
-    for (int64_t d = 0; d < width; ++d)
-      out[r / 2 * width + d] = uint32_t(rows[r * width + d]) | (uint32_t(rows[(r + 1) * width + d]) << 16);
 }
 
 }  // namespace

@@ -6,7 +6,7 @@ namespace inlay {
 namespace {
 
 void check_norm_weight(const char* op, const TensorView& weight, int64_t width) {
-  if (!weight.data && weight.ndim == 0) return;
+  if (!given(weight)) return;
   check_float(op, "weight", weight);
   check_vector(op, "weight", weight, width);
 }
@@ -55,16 +55,74 @@ void rms_norm_forward(const TensorView& y, const TensorView& rstd, const TensorV
   run(op, &KernelTable::rms_norm_forward, y, rstd, x, weight, eps, offset);
 }
 
-void rms_norm_backward(const TensorView& dx, const TensorView& dy, const TensorView& x,
-                       const TensorView& weight, const TensorView& rstd, double offset) {
+void rms_norm_backward(const TensorView& dx, const TensorView& dweight, const TensorView& sums,
+                       const TensorView& dy, const TensorView& x, const TensorView& weight,
+                       const TensorView& rstd, double offset) {
   constexpr const char* op = "rms_norm_backward";
   check_lead(op, "x", x);
-  check_like(op, "dx", dx, x);
   check_like(op, "dy", dy, x);
+  if (given(dx) || !given(dweight)) check_like(op, "dx", dx, x);
+  if (given(dweight)) {
+    check_float(op, "dweight", dweight);
+    check_vector(op, "dweight", dweight, x.shape[1]);
+    check_sums(op, sums, x.shape[1]);
+  }
   check_dtype(op, "rstd", rstd, DType::f32);
   check_vector(op, "rstd", rstd, x.shape[0]);
   check_norm_weight(op, weight, x.shape[1]);
-  run(op, &KernelTable::rms_norm_backward, dx, dy, x, weight, rstd, offset);
+  run(op, &KernelTable::rms_norm_backward, dx, dweight, sums, dy, x, weight, rstd, offset);
+}
+
+namespace {
+
+// Numbers of gamma or beta: one per channel, or per chosen channel.
+int64_t check_channels(const char* op, const TensorView& indices, int64_t width) {
+  if (!given(indices)) return width;
+  check_indices(op, indices, width);
+  return indices.shape[0];
+}
+
+void check_per_channel(const char* op, const char* name, const TensorView& t, int64_t size) {
+  if (!given(t)) return;
+  check_dtype(op, name, t, DType::f32);
+  check_vector(op, name, t, size);
+}
+
+}  // namespace
+
+void scale_shift_forward(const TensorView& y, const TensorView& x, const TensorView& gamma,
+                         const TensorView& beta, const TensorView& indices) {
+  constexpr const char* op = "scale_shift_forward";
+  check_lead(op, "x", x);
+  check_like(op, "y", y, x);
+  const int64_t size = check_channels(op, indices, x.shape[1]);
+  check_per_channel(op, "gamma", gamma, size);
+  check_per_channel(op, "beta", beta, size);
+  if (!given(gamma) && !given(beta))
+    fail(op, "gamma, beta", "at least one of them", gamma, "pass a scale or a shift");
+  run(op, &KernelTable::scale_shift_forward, y, x, gamma, beta, indices);
+}
+
+void scale_shift_backward(const TensorView& dx, const TensorView& dgamma, const TensorView& dbeta,
+                          const TensorView& sums, const TensorView& dy, const TensorView& x,
+                          const TensorView& gamma, const TensorView& indices) {
+  constexpr const char* op = "scale_shift_backward";
+  check_lead(op, "dy", dy);
+  const int64_t size = check_channels(op, indices, dy.shape[1]);
+  check_per_channel(op, "gamma", gamma, size);
+  check_per_channel(op, "dgamma", dgamma, size);
+  check_per_channel(op, "dbeta", dbeta, size);
+  check_sums(op, sums, size * (given(dgamma) + given(dbeta)));
+  if (given(dx)) {
+    check_like(op, "dx", dx, dy);
+    if (!given(gamma))
+      fail(op, "gamma", "a scale, since dx is asked for", gamma, "pass it, or take dy for dx");
+  }
+  if (given(dgamma)) {
+    check_dtype(op, "x", x, dy.dtype);
+    check_matrix(op, "x", x, dy.shape[0], size);
+  }
+  run(op, &KernelTable::scale_shift_backward, dx, dgamma, dbeta, sums, dy, x, gamma, indices);
 }
 
 void rope_rotate(const TensorView& y, const TensorView& x, const TensorView& cos, const TensorView& sin,
@@ -102,36 +160,6 @@ void cross_entropy_chunk(const TensorView& loss, const TensorView& logits, const
                               std::to_string(logits.shape[1]) + "), got " + std::to_string(values[i]) +
                               "; drop ignored rows first");
   run(op, &KernelTable::cross_entropy_chunk, loss, logits, labels, scale, write_grad);
-}
-
-void causal_attention_backward(const TensorView& dq, const TensorView& dk, const TensorView& dv,
-                               const TensorView& dout, const TensorView& q, const TensorView& k,
-                               const TensorView& v, const TensorView& out, const TensorView& lse,
-                               double scale) {
-  constexpr const char* op = "causal_attention_backward";
-  if (q.ndim != 4 || q.shape[3] % 32)
-    fail(op, "q", "[B, H, T, D], D a multiple of 32", q, "use the reference");
-  const int64_t kv[] = {q.shape[0], k.ndim == 4 ? k.shape[1] : 0, q.shape[2], q.shape[3]};
-  if (kv[1] < 1 || q.shape[1] % kv[1])
-    fail(op, "k", "[B, G, T, D] with H a multiple of G", k, "split the heads first");
-  const auto check = [&](const char* name, const TensorView& t, DType dtype, const int64_t* shape) {
-    check_dtype(op, name, t, dtype);
-    check_shape(op, name, t, 4, shape);
-    if (t.strides[3] != 1) fail(op, name, "unit stride along D", t, "call .contiguous() first");
-  };
-  check("q", q, DType::bf16, q.shape);
-  check("dq", dq, DType::bf16, q.shape);
-  check("dout", dout, DType::bf16, q.shape);
-  check("out", out, DType::bf16, q.shape);
-  check("k", k, DType::bf16, kv);
-  check("v", v, DType::bf16, kv);
-  check("dk", dk, DType::f32, q.shape);
-  check("dv", dv, DType::f32, q.shape);
-  check_dtype(op, "lse", lse, DType::f32);
-  check_shape(op, "lse", lse, 3, q.shape);
-  if (lse.shape[2] > 1 && lse.strides[2] != 1)
-    fail(op, "lse", "unit stride along T", lse, "call .contiguous() first");
-  run(op, &KernelTable::causal_attention_backward, dq, dk, dv, dout, q, k, v, out, lse, scale);
 }
 
 }  // namespace inlay

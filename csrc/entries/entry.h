@@ -25,9 +25,19 @@ inline void check_lead(const char* op, const char* name, const TensorView& t) {
   check_matrix(op, name, t, rows, t.shape[1]);
 }
 
+// Not None.
+inline bool given(const TensorView& t) { return t.data || t.ndim != 0; }
+
+// Scratch of a sum over rows: [P, columns], a row for each share of them.
+inline void check_sums(const char* op, const TensorView& sums, int64_t columns) {
+  check_dtype(op, "sums", sums, DType::f32);
+  if (rows_of(op, "sums", sums) < 1) fail(op, "sums", "one row or more", sums, "pass a row per share");
+  check_matrix(op, "sums", sums, sums.shape[0], columns);
+}
+
 // All tensors of a call are on one device; `first` is the first of them, numbers are none.
 inline void same_device(const char* op, const TensorView*& first, const TensorView& tensor) {
-  if (!tensor.data && tensor.ndim == 0) return;  // None
+  if (!given(tensor)) return;
   if (!first) first = &tensor;
   if (tensor.device == first->device && tensor.device_index == first->device_index) return;
   throw std::invalid_argument("inlay." + std::string(op) +

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from . import optim
 from .adapters import Verification, export, merge, verify
 from .bases import BaseConfig
+from .budget import Budget
 from .estimate import Estimate, estimate
 from .methods import BY_CLASS as _METHODS
 from .methods.lora import LoRA
@@ -29,6 +30,7 @@ _LAZY = {
 __all__ = [
     "S2FT",
     "BaseConfig",
+    "Budget",
     "Estimate",
     "LoRA",
     "QuantizationConfig",

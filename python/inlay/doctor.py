@@ -82,7 +82,7 @@ def _gpu_lines() -> Iterator[tuple[str, str]]:
 
 
 #: Raw ops whose CPU kernel wants AMX, and what runs without it.
-_WITHOUT_AMX = {"submatrix_grad": "torch.mm in fp32", "causal_attention_backward": "torch's own attention"}
+_WITHOUT_AMX = {"submatrix_grad": "torch.mm in fp32"}
 
 #: Raw ops that exist for their CUDA kernel, and what a CPU takes instead.
 _FOR_CUDA = {
@@ -96,7 +96,8 @@ _ON_CUDA = {
     "output above (arithmetic is the bound there, and cuBLAS's)",
     "lora_backward": f"native kernel up to rank {ONE_PASS_RANK} and from {ONE_PASS_BYTES >> 20} MiB of gradient on "
     "(which it reads once), torch.mm and submatrix_grad elsewhere",
-    "causal_attention_backward": "torch's own attention (flash attention is there already)",
+    "attention_forward": "torch's own attention (flash attention is there already)",
+    "attention_backward": "torch's own attention (flash attention is there already)",
     "quantized_linear_small": f"native kernel: tensor cores up to {CUDA_SMALL_ROWS} rows of 16 bits, a warp per output "
     f"up to {CUDA_SMALL_ROWS_PLAIN} of others; more rows dequantize for torch.matmul",
 }
@@ -113,7 +114,7 @@ def _on_cpu(kernel: str, isa: str) -> str:
 
 
 def _on_cuda(name: str, kernel: str, built: list[str]) -> str:
-    if name == "causal_attention_backward":
+    if name.startswith("attention_"):
         return _ON_CUDA[name]
     if not built:
         return "plain torch (no CUDA kernels in this build)"

@@ -64,6 +64,7 @@ def tune(
     adopt_bitsandbytes(model)
     config = None if base is None else BaseConfig.of(base)
     with nullcontext() if state is None else disabled(model):  # choose by the base, whatever else is tuned
+        method = method.settled(model, calibration, base)
         plan = method.plan(model, calibration)
     method, plan = completed(model, method, plan, config)
     check_sites(model, [site.path for site in plan.pieces])

@@ -84,5 +84,12 @@ def test_separate_ones_by_name(name):
     assert len(found) == 2 * layers and set(found.values()) == {None}
 
 
+def test_keys_outside_attention_are_others():
+    model = torch.nn.ModuleDict()
+    for path in ("attention", "feed_forward"):
+        model[path] = torch.nn.ModuleDict({"key": torch.nn.Linear(4, 4), "value": torch.nn.Linear(4, 4)})
+    assert list(keys_and_values(model)) == ["attention.key", "attention.value"]
+
+
 def test_none_where_there_is_no_attention():
     assert keys_and_values(llama().model.layers[0].mlp) == {}

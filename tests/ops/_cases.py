@@ -223,6 +223,23 @@ def _norm(offset: float):
     return make
 
 
+def _scale_shift(scaled: bool, shifted: bool, chosen: bool = False):
+    def make() -> Case:
+        x, channels = leaf(2, 5, WIDE), torch.tensor([1, 4, 9]) if chosen else None
+        size = 3 if chosen else WIDE
+        gamma, beta = (leaf(size, seed=1 + i) if given else None for i, given in enumerate((scaled, shifted)))
+
+        def plain():
+            y = x[..., channels] if chosen else x
+            y = (1.0 if gamma is None else gamma) * y + (0.0 if beta is None else beta)
+            return (x.index_copy(-1, channels, y) if chosen else y,)
+
+        leaves = [t for t in (x, gamma, beta) if t is not None]
+        return Case(lambda: (ops.scale_shift(x, gamma, beta, channels),), plain, leaves, [])
+
+    return make
+
+
 def _swiglu() -> Case:
     gate, up = leaf(2, 5, WIDE), leaf(2, 5, WIDE, seed=5)
     return Case(lambda: (ops.swiglu(gate, up),), lambda: (functional.silu(gate) * up,), [gate, up], [])
@@ -252,7 +269,7 @@ def _attention() -> Case:
         scores = (q @ keys.transpose(-1, -2)) * 8**-0.5
         return (scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf).softmax(-1) @ values,)
 
-    return Case(lambda: (ops.causal_attention(q, k, v),), plain, [q, k, v], [])
+    return Case(lambda: (ops.attention(q, k, v),), plain, [q, k, v], [])
 
 
 def _loss() -> Case:
@@ -272,9 +289,13 @@ def _loss() -> Case:
 WITHOUT_A_BASE: dict[str, Callable[[], Case]] = {
     "rms_norm": _norm(0.0),
     "rms_norm with offset": _norm(1.0),
+    "scale_shift": _scale_shift(True, True),
+    "scale_shift, scale alone": _scale_shift(True, False),
+    "scale_shift, shift alone": _scale_shift(False, True),
+    "scale_shift, chosen channels": _scale_shift(True, True, chosen=True),
     "swiglu": _swiglu,
     "rope": _rope(False),
     "rope, trained angles": _rope(True),
-    "causal_attention": _attention,
+    "attention": _attention,
     "linear_cross_entropy": _loss,
 }

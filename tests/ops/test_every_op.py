@@ -49,7 +49,7 @@ def sums(request):
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
-@pytest.mark.parametrize("make", [case for case in CASES if case.id != "causal_attention"])
+@pytest.mark.parametrize("make", [case for case in CASES if case.id != "attention"])
 def test_outputs_may_be_changed_in_place(make, name, sums):
     """Each output in turn, so that neighbours in one memory would show."""
     in_place, plain = IN_PLACE[name]
@@ -84,7 +84,7 @@ def test_outputs_may_be_changed_in_place_in_a_compiled_graph(op, sums):
 
 def test_a_saved_output_that_is_changed_is_noticed():
     """The attention keeps its output for the backward, as torch's does."""
-    case = WITHOUT_A_BASE["causal_attention"]()
+    case = WITHOUT_A_BASE["attention"]()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         gradients([case.ours()[0].mul_(2.0)], case.leaves)
 

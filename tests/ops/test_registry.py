@@ -15,10 +15,14 @@ from inlay.ops._registry import RAW_OPS
 INDICES = torch.tensor([0, 2, 5])
 
 
-def _attention_example():
+def _attention_examples():
     q, k, v, do = (torch.randn(1, 9, h, 32).bfloat16().transpose(1, 2) for h in (4, 2, 2, 4))
     o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
-    return do, q, k, v, o, lse, 32**-0.5
+    spans = torch.tensor([[0, 1], [0, 2], [0, 3], [2, 4], [2, 4], [2, 9], [4, 9], [4, 9], [8, 9]])[None]
+    return {
+        "attention_forward": (q, k, v, spans, 32**-0.5),
+        "attention_backward": (do, q, k, v, o, lse, spans, 32**-0.5),
+    }
 
 
 def _coded_states():
@@ -46,10 +50,12 @@ def _examples():
         "swiglu_forward": (x, x.clone(), "silu"),
         "swiglu_backward": (x, x.clone(), x.clone(), "gelu", INDICES),
         "rms_norm_forward": (x, torch.randn(8), 1e-5, 1.0),
-        "rms_norm_backward": (x, x.clone(), None, torch.rand(4), 0.0),
+        "rms_norm_backward": (x, x.clone(), torch.randn(8), torch.rand(4), 0.0, True, True),
+        "scale_shift_forward": (x, torch.randn(8), torch.randn(8), None),
+        "scale_shift_backward": (x, x.clone(), torch.randn(8), None, True, True, True),
         "rope_rotate": (q, q.clone(), cos, cos.clone(), True),
         "cross_entropy_chunk_": (acc, torch.tensor([1, 2, 3, 0]), 0.5, True),
-        "causal_attention_backward": _attention_example(),
+        **_attention_examples(),
         "quantized_lora_linear_small": (x, *packed, None, None, None, acc[:2], acc[:3, :2].repeat(2, 1), 0.5)
         + ("nf4", 32, 6),
         "adamw_step_": (*lists, 0.1, 0.9, 0.99, 1e-8, 0.1, 1, 1.0),
@@ -92,7 +98,9 @@ def test_results_do_not_depend_on_threads(name):
             "swiglu_backward": (hidden, hidden * 2, hidden + 1, "silu", chosen),
             "swiglu_forward": (hidden, hidden * 2, "silu"),
             "rms_norm_forward": (hidden, torch.randn(width), 1e-5, 0.0),
-            "rms_norm_backward": (hidden, hidden + 1, torch.randn(width), torch.rand(301), 0.0),
+            "rms_norm_backward": (hidden, hidden + 1, torch.randn(width), torch.rand(301), 0.0) + (True, True),
+            "scale_shift_forward": (hidden, torch.randn(width), torch.randn(width), None),
+            "scale_shift_backward": (hidden, hidden + 1, torch.randn(width), None, True, True, True),
             "cross_entropy_chunk_": (hidden, torch.randint(0, width, (301,)), 1.0, True),
             "submatrix_add": (hidden, acc),
         }

@@ -5,7 +5,7 @@ import torch
 from _compare import DTYPES, assert_as_good, assert_bits, grads, padded_rows, strided, wide
 
 from inlay import ops
-from inlay.ops.rms_norm import rms_norm_forward
+from inlay.ops.rms_norm import rms_norm_backward, rms_norm_forward
 
 SIZES = [(1, 1), (3, 7), (2, 113), (5, 203), (4, 2048), (0, 8)]
 
@@ -54,8 +54,46 @@ def test_views(path, make_view):
         assert_bits(got, want)
 
 
-def test_keeps_x_and_rstd_only():
-    x, weight = torch.randn(4, 32).bfloat16().requires_grad_(), torch.randn(32).bfloat16()
+def _backward_case(rows, width, dtype=torch.bfloat16):
+    x, dy = (torch.randn(rows, width).to(dtype) for _ in range(2))
+    return dy, x, torch.randn(width), rms_norm_forward(x, None, 1e-5, 0.0)[1], 0.0
+
+
+@pytest.mark.parametrize("rows", [1, 63, 129, 5000])
+def test_gradients_together_and_alone_have_the_same_bits(path, rows):
+    """One pass for both, and dweight in the weight's dtype: sums over many rows lose nothing."""
+    case = _backward_case(rows, 37)
+    dx, dweight = rms_norm_backward(*case, True, True)
+    assert_bits(rms_norm_backward(*case, True, False)[0], dx, "dx")
+    assert_bits(rms_norm_backward(*case, False, True)[1], dweight, "dweight")
+    exact = (case[0].double() * case[1].double() * case[3].double()[:, None]).sum(0)
+    plain = (case[0].float() * case[1].float() * case[3][:, None]).sum(0)
+    assert dweight.dtype == torch.float32
+    assert_as_good(dweight, plain, exact, "dweight", slack=2)
+
+
+@pytest.mark.parametrize("make_view", [strided, padded_rows])
+def test_backward_of_views(path, make_view):
+    dy, x, weight, rstd, offset = _backward_case(70, 31)
+    wanted = rms_norm_backward(dy, x, weight, rstd, offset, True, True)
+    got = rms_norm_backward(make_view(dy), make_view(x), strided(weight), rstd, offset, True, True)
+    for one, other in zip(got, wanted, strict=True):
+        assert_bits(one, other)
+
+
+def test_only_what_is_asked_for_is_computed(path):
+    x, weight = torch.randn(5, 8), torch.randn(8, requires_grad=True)
+    y = ops.rms_norm(x, weight, 1e-5)  # the input of the first trained block needs no gradient
+    (alone,) = torch.autograd.grad(y.sum(), weight)
+    both = torch.autograd.grad(ops.rms_norm(x.requires_grad_(), weight, 1e-5).sum(), (weight, x))
+    assert_bits(alone, both[0])
+    nothing = rms_norm_backward(x, x, None, torch.rand(5), 0.0, True, False)[1]
+    assert nothing.shape == (0,)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_keeps_x_and_rstd_only(trained):
+    x, weight = torch.randn(4, 32).bfloat16().requires_grad_(), torch.randn(32).bfloat16().requires_grad_(trained)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         ops.rms_norm(x, weight, 1e-5)
@@ -66,5 +104,7 @@ def test_keeps_x_and_rstd_only():
 def test_bad_input(path):
     with pytest.raises(ValueError, match="weight: wanted shape"):
         ops.rms_norm(torch.randn(2, 8), torch.randn(7), 1e-5)
+    with pytest.raises(ValueError, match="weight: wanted a weight, since its gradient"):
+        rms_norm_backward(torch.randn(2, 8), torch.randn(2, 8), None, torch.rand(2), 0.0, True, True)
     with pytest.raises(TypeError, match="x: wanted a float32"):
         ops.rms_norm(torch.ones(2, 8, dtype=torch.int64), None, 1e-5)

@@ -23,7 +23,22 @@ def test_rms_norm(place, dtype, rows, width):
     x, dy, weight = randn(rows, width, dtype=dtype, spread=3), randn(rows, width, dtype=dtype), randn(width)
     for scale, offset in ((weight.to(dtype), 1.0), (weight, 0.0), (None, 0.0)):
         _, rstd = check("rms_norm_forward", (x, scale, 1e-5, offset), place)
-        check("rms_norm_backward", (dy, x, scale, rstd.cpu(), offset), place, slack=8, atol=1e-6)
+        for needs in ((True, False), (True, True), (False, True))[: 1 if scale is None else 3]:
+            check("rms_norm_backward", (dy, x, scale, rstd.cpu(), offset, *needs), place, slack=8, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, width", [*SIZES, (150, 24)])
+def test_scale_shift(place, dtype, rows, width):
+    x, dy = (randn(rows, width, dtype=dtype, spread=3) for _ in range(2))
+    for channels in (None, sorted_choice(width, (width + 2) // 3), torch.arange(width)):
+        size = width if channels is None else len(channels)
+        gamma, beta = randn(size), randn(size)
+        kept = x if channels is None else x[:, channels].contiguous()
+        for scale, shift in ((gamma, beta), (gamma, None), (None, beta)):
+            check("scale_shift_forward", (x, scale, shift, channels), place)
+        for needs in ((True, True, True), (True, False, True), (False, True, False), (True, False, False)):
+            check("scale_shift_backward", (dy, kept, gamma, channels, *needs), place)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -133,7 +148,8 @@ def test_counts_of_rows(place, rows):
     """Around every tile and block edge, in bf16; kernels with a block per row do not care, and are quick."""
     x, y = (randn(rows, 72, dtype=torch.bfloat16) for _ in range(2))
     _, rstd = check("rms_norm_forward", (x, None, 1e-5, 0.0), place)
-    check("rms_norm_backward", (y, x, None, rstd.cpu(), 0.0), place, slack=8, atol=1e-6)
+    check("rms_norm_backward", (y, x, randn(72), rstd.cpu(), 0.0, True, True), place, slack=8, atol=1e-6)
+    check("scale_shift_backward", (y, x, randn(72), None, True, True, True), place)
     check("swiglu_backward", (x, y, x, "silu", sorted_choice(72, 9)), place)
     check("cross_entropy_chunk_", (x, torch.randint(0, 72, (rows,)), 0.3, True), place, mutated=(0,), slack=2)
     check("submatrix_scatter_add_", (x, sorted_choice(72, 9), randn(rows, 9)), place, mutated=(0,))

@@ -23,6 +23,7 @@ def test_rows_that_start_anywhere(place, shift):
     for name, args, close in (
         ("swiglu_forward", lambda t: (t, t, "silu"), False),
         ("submatrix_add", lambda t: (t, torch.ones(6, 256, device=t.device)), False),
+        ("scale_shift_forward", lambda t: (t, torch.ones(256, device=t.device), None, None), False),
         ("cross_entropy_chunk_", lambda t: (t, torch.arange(6, device=t.device), 1.0, False), True),
         ("rms_norm_forward", lambda t: (t, None, 1e-5, 0.0), True),
     ):
@@ -53,6 +54,7 @@ def test_rows_beyond_32_bits(place, tmp_path):
     far = far_apart(tmp_path / "x", x)
     for name, args in (
         ("swiglu_forward", lambda t: (t, t, "silu")),
+        ("scale_shift_forward", lambda t: (t, torch.arange(40.0), None, None)),
         ("submatrix_gather", lambda t: (t, indices, torch.float32)),
         ("cross_entropy_chunk_", lambda t: (t, torch.tensor([1, 2, 3]), 1.0, False)),
     ):

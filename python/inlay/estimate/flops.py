@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from .. import ops as _ops  # noqa: F401  (registers torch.ops.inlay)
+from ..ops.attention import shares  # with it come torch.ops.inlay
 
 _aten, _inlay = torch.ops.aten, torch.ops.inlay
 
@@ -22,7 +22,8 @@ ATTENTION = {
     _aten._scaled_dot_product_flash_attention_backward,
     _aten._scaled_dot_product_flash_attention_for_cpu,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward,
-    _inlay.causal_attention_backward,
+    _inlay.attention_forward,
+    _inlay.attention_backward,
 }
 
 
@@ -43,6 +44,10 @@ def _flash_cpu_backward(
 
 def _flash_cuda_backward(do: Tensor, query: Tensor, key: Tensor, *rest: Any, **_: Any) -> float:
     return 5 * _scores(query, key, bool(rest[8]) if len(rest) > 8 else True)
+
+
+def _own_forward(query: Tensor, key: Tensor, *rest: Any, **_: Any) -> float:
+    return 2 * _scores(query, key, True)
 
 
 def _own_backward(do: Tensor, query: Tensor, key: Tensor, *rest: Any, **_: Any) -> float:
@@ -73,19 +78,21 @@ FORMULAS: dict[Any, Callable[..., float]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_cpu_backward,
     _aten._scaled_dot_product_flash_attention_backward: _flash_cuda_backward,
     _aten.addmm_: _addmm,
-    _inlay.causal_attention_backward: _own_backward,
+    _inlay.attention_forward: _own_forward,
+    _inlay.attention_backward: _own_backward,
     _inlay.submatrix_grad: _submatrix_grad,
     _inlay.lora_backward: _lora_backward,
     _inlay.quantized_linear_small: _quantized_small,
 }
 
 
-def _own_backward_workspace(do: Tensor, query: Tensor, *rest: Any) -> int:
-    return 2 * query.numel() * 4  # dk and dv per query head, fp32, before the groups are summed
+def _own_backward_workspace(do: Tensor, query: Tensor, key: Tensor, *rest: Any) -> int:
+    count = shares(query, key)
+    return count * query.numel() * 4 if count > 1 else 0  # the shares' parts of dq, fp32, before they are summed
 
 
 #: Bytes an op uses inside and gives back before it returns.
-HIDDEN_WORKSPACE: dict[Any, Callable[..., int]] = {_inlay.causal_attention_backward: _own_backward_workspace}
+HIDDEN_WORKSPACE: dict[Any, Callable[..., int]] = {_inlay.attention_backward: _own_backward_workspace}
 
 
 def part_of(packet: Any, roles: set[str | None], stage: str, in_loss: bool) -> str:

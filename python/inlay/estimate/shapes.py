@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from ..bases import BaseConfig
 from ..install import DEFAULT_ADAPTER, check_base_fits, check_sites, install
 from ..methods import Method
+from ..nn import attention
 from ..nn.tuned_linear import HOOKS
 from ..nn.whole import hidden_tensors
-from ..ops.attention import CausalAttention, tiles_fit
+from ..ops.attention import kernel_fits
 from ..planning import completed
 from ..state import state_of
 
@@ -113,12 +114,12 @@ def text_batch(model: nn.Module, batch: int, seq: int) -> dict[str, Tensor]:
 
 @contextmanager
 def fused_attention(device: str) -> Iterator[None]:
-    """Within this context torch's scaled_dot_product_attention runs tensors without data by ``device``'s own kernel.
+    """Within this context attention of tensors without data runs by ``device``'s own kernel, torch's or ours.
 
     Left alone, torch takes the formula for them, which keeps every score. A function mode would be the clean way to
     say so, but torch leaves it for the length of a backward, where checkpointing runs blocks again.
     """
-    original = nn.functional.scaled_dot_product_attention
+    original, has_kernel = nn.functional.scaled_dot_product_attention, attention.has_own_kernel
 
     def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if query.device.type != "meta":
@@ -126,10 +127,12 @@ def fused_attention(device: str) -> Iterator[None]:
         return _attend(device, query, *args, **kwargs)
 
     nn.functional.scaled_dot_product_attention = attend
+    if device == "cpu":
+        attention.has_own_kernel = lambda q: kernel_fits(q) if q.is_meta else has_kernel(q)
     try:
         yield
     finally:
-        nn.functional.scaled_dot_product_attention = original
+        nn.functional.scaled_dot_product_attention, attention.has_own_kernel = original, has_kernel
 
 
 def _attend(
@@ -152,7 +155,5 @@ def _attend(
     if attn_mask is not None and attn_mask.dtype == torch.bool:  # as torch does, for each call anew
         no, yes = (torch.full((), value, dtype=query.dtype, device="meta") for value in (-torch.inf, 0.0))
         attn_mask = torch.where(attn_mask.logical_not(), no, yes)
-    if is_causal and attn_mask is None and dropout_p == 0.0 and tiles_fit(query):
-        return CausalAttention.apply(query, key, value, scale or query.shape[-1] ** -0.5)
     flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return flash_cpu(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]

@@ -106,6 +106,10 @@ class Method:
         """What to put where on ``model``, which nothing has changed yet."""
         raise NotImplementedError(f"{type(self).__name__} must define plan(model, calibration)")
 
+    def settled(self, model: nn.Module, calibration: Calibration | None, base: Any = None) -> Method:
+        """The method that really tunes: itself, but for one that chooses another by the model, data and base."""
+        return self
+
     @property
     def holding(self) -> Whole:
         """How the tensors that it trains whole are held; a head beside them is always held in fp32."""

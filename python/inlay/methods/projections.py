@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from ..roles import widths
 from ..targets import linears
 
-_KEY = re.compile(
-    r"(?:.*\.)?(?:k_proj|key|key_proj|k_lin|kv_b_proj|(?:SelfAttention|EncDecAttention|self_attn|attn)\.k)"
-)
-_VALUE = re.compile(r"(?:.*\.)?(?:v_proj|value|value_proj|v_lin|(?:SelfAttention|EncDecAttention|self_attn|attn)\.v)")
+#: ``key`` and ``value`` name other things too, outside attention.
+_IN_ATTENTION = r"(?:.*\.)?\w*(?:[aA]ttention|attn)\w*\.(?:.*\.)?"
+_KEY = re.compile(rf"(?:.*\.)?(?:k_proj|key_proj|k_lin|kv_b_proj)|{_IN_ATTENTION}(?:k|key)")
+_VALUE = re.compile(rf"(?:.*\.)?(?:v_proj|value_proj|v_lin)|{_IN_ATTENTION}(?:v|value)")
 _FUSED = re.compile(r"(?:.*\.)?(?:c_attn|query_key_value|[qQ]kv_proj|Wqkv|qkv)")
 
 

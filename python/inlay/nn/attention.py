@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..integrations.transformers import attention_function, registered_attention
-from ..ops.attention import causal_attention, has_fast_backward
+from ..ops.attention import attention, has_own_kernel
 from ..ops.rope import rope
 from .mixed import Mixed
 from .probe import close, generator, same_at_all_sizes, shallow, takes_only
+from .spans import spans_of
 from .stack import linears_of
 
 _PROBE = "inlay_probe"
@@ -54,8 +55,12 @@ class FusedAttention(Mixed):
             key, value = cache.update(key, value, self.layer_idx, **with_kwargs)
         dropout = self.inlay_dropout if self.training else 0.0
         extra = {**self.inlay_attention_kwargs, **kwargs}
-        if attention_mask is None and dropout == 0.0 and own_backward_pays(self, query, key, extra):
-            output, weights = causal_attention(query, key, value, extra.get("scaling")).transpose(1, 2), None
+        own, spans = dropout == 0.0 and own_attention_pays(self, (query, key, value), attention_mask, extra), None
+        if own and attention_mask is not None:
+            spans = spans_of(attention_mask)
+            own = spans is not None
+        if own:
+            output, weights = attention(query, key, value, extra.get("scaling"), spans).transpose(1, 2), None
         else:
             attend = attention_function(self)
             output, weights = attend(self, query, key, value, attention_mask, dropout=dropout, **extra)
@@ -70,17 +75,20 @@ _ARGUMENTS = (
 _PROJECTIONS = (*FusedAttention.inlay_same_input, "o_proj")
 
 
-def own_backward_pays(module: nn.Module, query: Tensor, key: Tensor, extra: dict[str, Any]) -> bool:
-    """True where SDPA was asked for, is plain causal, and has a faster backward here than torch's own.
+def own_attention_pays(
+    module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, extra: dict[str, Any]
+) -> bool:
+    """True where SDPA was asked for, a gradient will be, and our own kernels are faster for what the mask says.
 
     Without a mask transformers' SDPA is causal unless told otherwise; a sliding window that matters comes as a mask.
     """
+    query, key, _ = qkv
+    causal = query.shape[2] == key.shape[2] > 1 and extra.get("is_causal", getattr(module, "is_causal", True))
     return (
         module.config._attn_implementation == "sdpa"
-        and query.requires_grad
-        and has_fast_backward(query)
-        and query.shape[2] == key.shape[2] > 1
-        and extra.get("is_causal", getattr(module, "is_causal", True)) in (True, None)
+        and any(t.requires_grad for t in qkv)
+        and has_own_kernel(query)
+        and (mask is not None or causal in (True, None))
         and not any(extra.get(name) is not None for name in ("softcap", "position_bias", "cache"))
     )
 

@@ -3,11 +3,12 @@
 from inlay.ops._registry import force_path
 from inlay.ops.adamw import adamw_8bit_step_, adamw_step_
 from inlay.ops.adamw_bf16 import adamw_8bit_bf16_step_, adamw_bf16_step_
-from inlay.ops.attention import causal_attention
+from inlay.ops.attention import attention
 from inlay.ops.base_products import DenseBase, DenseBaseT
 from inlay.ops.cross_entropy import linear_cross_entropy
 from inlay.ops.rms_norm import rms_norm
 from inlay.ops.rope import rope
+from inlay.ops.scale_shift import scale_shift
 from inlay.ops.submatrix import submatrix_write_
 from inlay.ops.submatrix_linear import submatrix_add_delta, submatrix_linear, submatrix_linear_in_place
 from inlay.ops.swiglu import swiglu, swiglu_linear, swiglu_submatrix_linear
@@ -19,11 +20,12 @@ __all__ = [
     "adamw_8bit_step_",
     "adamw_bf16_step_",
     "adamw_step_",
-    "causal_attention",
+    "attention",
     "force_path",
     "linear_cross_entropy",
     "rms_norm",
     "rope",
+    "scale_shift",
     "submatrix_add_delta",
     "submatrix_linear",
     "submatrix_linear_in_place",

@@ -1,9 +1,11 @@
-"""Causal attention with grouped queries: torch's flash kernel forward, our own backward where the CPU has AMX.
+"""Attention with grouped queries over stretches of keys: causal, padded, packed or windowed, without a mask.
 
-  P = exp(q·kᵀ·scale − lse)   dS = P·(dO·vᵀ − rowsum(dO·O))·scale   dq = dS·k   dk = dSᵀ·q   dv = Pᵀ·dO
+  P = softmax(q·kᵀ·scale)   out = P·v
+  dS = P·(dO·vᵀ − rowsum(dO·O))·scale   dq = dS·k   dk = dSᵀ·q   dv = Pᵀ·dO
 
-torch's CPU flash backward takes ten times its forward at short sequences. Ours (csrc/cpu/attention.cpp) works on
-bf16 tiles and skips the masked half. Keys and values are never repeated for their groups. Kept: q, k, v, o, lse.
+A token sees one stretch of keys, and its borders never fall from token to token: two numbers per token say
+what a mask of T x T does, and blocks of keys that nobody sees are never touched. Keys and values are not repeated for
+their groups. Kept for the backward: q, k, v, out and the scores' logsumexp.
 """
 
 from __future__ import annotations
@@ -21,72 +23,110 @@ from inlay._native import module
 from inlay.ops._registry import apply, check_floating, check_same, fail, raw_op, without_autocast
 
 
-def _like_projection(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Empty, the shape of x [B, H, T, D], in memory [B, T, H, D]."""
+def _like_projection(x: Tensor) -> Tensor:
+    """Empty, the shape of x [B, H, T, D], in memory [B, T, H, D]; no view, since outputs may be changed in place."""
     batch, heads, tokens, width = x.shape
-    return x.new_empty((batch, tokens, heads, width), dtype=dtype or x.dtype).transpose(1, 2)
+    return x.new_empty_strided(x.shape, (tokens * heads * width, width, heads * width, 1))
 
 
-def _sum_groups(parts: Tensor, like: Tensor) -> Tensor:
-    """[B, Hq, T, D] -> [B, Hk, T, D]: the parts of the queries that share a key head."""
-    batch, groups, tokens, width = like.shape
-    return parts.view(batch, groups, -1, tokens, width).sum(2)
+def kernel_fits(q: Tensor) -> bool:
+    """True if our own kernels would be the faster ones for ``q [B, H, T, D]``, were it on this CPU."""
+    wanted = q.dtype in (torch.float32, torch.bfloat16) and q.shape[-1] <= 256 and q.numel() > 0
+    return wanted and _native_available() and module().isa() != "scalar"
 
 
-def tiles_fit(q: Tensor) -> bool:
-    """True if our own backward has tiles for ``q [B, H, T, D]``, were it on this CPU."""
-    fits = q.dtype == torch.bfloat16 and q.shape[-1] % 32 == 0 and q.numel() > 0
-    return fits and _native_available() and module().isa() == "amx"
-
-
-def has_fast_backward(q: Tensor) -> bool:
-    """True where our own backward runs, rather than torch's."""
-    return q.is_cpu and not torch.compiler.is_compiling() and tiles_fit(q)
+def has_own_kernel(q: Tensor) -> bool:
+    """True where our own attention runs, and is faster than torch's."""
+    return q.is_cpu and not torch.compiler.is_compiling() and kernel_fits(q)
 
 
 def _unit_inner(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _native(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+def shares(q: Tensor, k: Tensor) -> int:
+    """Into how many shares of keys a backward is cut, so that few heads keep several threads busy."""
+    pieces, keys = k.shape[0] * k.shape[1], k.shape[2]
+    return 1 if pieces >= 16 or keys < 512 else 4
+
+
+def _forward_native(q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = _forward_fake(q, k, v, spans, scale)
+    module().attention_forward(out, lse, *(_unit_inner(t) for t in (q, k, v)), spans, scale)
+    return out, lse
+
+
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    return _like_projection(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+def mask_of(spans: Tensor | None, tokens: int, keys: int, device: torch.device) -> Tensor:
+    """bool [B or 1, 1, T, S], True where a token sees a key."""
+    at = torch.arange(keys, device=device)
+    if spans is None:
+        return (at <= torch.arange(tokens, device=device)[:, None])[None, None]
+    return ((at >= spans[..., :1]) & (at < spans[..., 1:]))[:, None]
+
+
+def _scores(q: Tensor, k: Tensor, spans: Tensor | None, scale: float) -> Tensor:
+    """fp32 or wider [B, G, H / G, T, S], -inf where a token does not see a key."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    grouped = q.unflatten(1, (k.shape[1], -1)).to(wide)
+    mask = mask_of(spans, q.shape[2], k.shape[2], q.device)
+    return (grouped @ k[:, :, None].to(wide).transpose(-1, -2) * scale).masked_fill(~mask[:, :, None], -torch.inf)
+
+
+def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    return torch.where(scores == -torch.inf, 0.0, (scores - lse.unflatten(1, scores.shape[1:3])[..., None]).exp())
+
+
+@raw_op(native=_forward_native, fake=_forward_fake)
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """q [B, H, T, D], k and v [B, G, S, D], spans int64 [B or 1, T, 2] -> out, lse fp32 [B, H, T]"""
+    scores = _scores(q, k, spans, scale)
+    lse = scores.logsumexp(-1).flatten(1, 2)
+    out = _probabilities(scores, lse) @ v[:, :, None].to(scores.dtype)
+    return _like_projection(q).copy_(out.flatten(1, 2)), lse.float()
+
+
+def _backward_native(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, spans: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not tiles_fit(q):
-        return causal_attention_backward.reference(do, q, k, v, o, lse, scale)
-    dq = _like_projection(q)
-    dk, dv = (torch.empty(q.shape, dtype=torch.float32) for _ in range(2))
-    inputs = (_unit_inner(t) for t in (do, q, k, v, o, lse))
-    module().causal_attention_backward(dq, dk, dv, *inputs, scale)
-    return dq, *(_like_projection(t).copy_(_sum_groups(d, t)) for d, t in ((dk, k), (dv, v)))
+    grads = _backward_fake(do, q, k, v, o, lse, spans, scale)
+    count = shares(q, k)
+    parts = None if count == 1 else q.new_empty((count, *q.shape), dtype=torch.float32)
+    inputs = (_unit_inner(t) for t in (do, q, k, v, o))
+    module().attention_backward(*grads, parts, *inputs, lse, spans, scale)
+    return grads
 
 
-def _fake(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+def _backward_fake(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, spans: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _like_projection(q), _like_projection(k), _like_projection(v)
 
 
-@raw_op(native=_native, fake=_fake)
-def causal_attention_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+@raw_op(native=_backward_native, fake=_backward_fake)
+def attention_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, spans: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """do, q, o [B, Hq, T, D], k and v [B, Hk, T, D], lse fp32 [B, Hq, T] -> dq, dk, dv"""
-    repeat = q.shape[1] // k.shape[1]
-    keys, values = (t.repeat_interleave(repeat, 1) for t in (k, v))
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    dq, dk, dv = flash(do, q, keys, values, o, lse, 0.0, True, scale=scale)
-    if repeat > 1:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        dk, dv = (_sum_groups(d.to(wide).contiguous(), t) for d, t in ((dk, k), (dv, v)))
+    """do, q, o [B, H, T, D], k and v [B, G, S, D], lse fp32 [B, H, T], spans int64 [B or 1, T, 2] -> dq, dk, dv"""
+    scores = _scores(q, k, spans, scale)
+    p = _probabilities(scores, lse)
+    grad, out, queries = (t.unflatten(1, (k.shape[1], -1)).to(p.dtype) for t in (do, o, q))
+    keys, values = (t[:, :, None].to(p.dtype) for t in (k, v))
+    ds = p * (grad @ values.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)) * scale
+    dq = (ds @ keys).flatten(1, 2)
+    dk, dv = ((a.transpose(-1, -2) @ b).sum(2) for a, b in ((ds, queries), (p, grad)))
     return tuple(_like_projection(t).copy_(d) for t, d in ((q, dq), (k, dk), (v, dv)))
 
 
-class CausalAttention(Function):
+class Attention(Function):
     @staticmethod
     @without_autocast
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
-        ctx.save_for_backward(q, k, v, o, lse)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None, scale: float) -> Tensor:
+        o, lse = attention_forward(q, k, v, spans, scale)
+        ctx.save_for_backward(q, k, v, o, lse, spans)
         ctx.scale = scale
         return o
 
@@ -94,29 +134,48 @@ class CausalAttention(Function):
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        grads = causal_attention_backward(do, *ctx.saved_tensors, ctx.scale)
-        return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), None
+        grads = attention_backward(do, *ctx.saved_tensors, ctx.scale)
+        wanted = (g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False))
+        return *wanted, None, None
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    op = "causal_attention"
+def _check(q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None) -> None:
+    op = "attention"
     check_floating(op, "q", q)
     check_same(op, "k", k, "q", q)
     check_same(op, "v", v, "k", k, shape=True)
-    fits = q.dim() == k.dim() == 4 and q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:]
-    if not fits or q.shape[1] % max(1, k.shape[1]):
+    fits = q.dim() == k.dim() == 4 and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
+    if not fits or not k.shape[1] or q.shape[1] % k.shape[1]:
         got = f"{tuple(q.shape)} and {tuple(k.shape)}"
-        fail(op, "q, k", "[B, Hq, T, D] and [B, Hk, T, D], Hq a multiple of Hk", got, "split the heads first")
+        fail(op, "q, k", "[B, Hq, T, D] and [B, Hk, S, D], Hq a multiple of Hk", got, "split the heads first")
+    if spans is None:
+        if q.shape[2] != k.shape[2]:
+            got = f"{q.shape[2]} and {k.shape[2]}"
+            fail(op, "q, k", "as many queries as keys without spans", got, "pass spans")
+    elif spans.dtype != torch.int64 or spans.shape not in ((1, q.shape[2], 2), (q.shape[0], q.shape[2], 2)):
+        got = f"{spans.dtype} {tuple(spans.shape)}"
+        fail(op, "spans", "int64 [B or 1, T, 2]", got, "pass the first key and the one past the last for each token")
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """q [B, Hq, T, D], k and v [B, Hk, T, D] -> [B, Hq, T, D]; scale defaults to 1/sqrt(D).
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, spans: Tensor | None = None) -> Tensor:
+    """Attention of ``q [B, Hq, T, D]`` over ``k`` and ``v [B, Hk, S, D]``, all of one float dtype -> ``[B, Hq, T, D]``.
 
-    Elsewhere than on the CPU this is torch's own attention.
+    On a GPU this is torch's own attention.
+
+    Args:
+        scale: of the scores, 1/sqrt(D) if None.
+        spans: int64 ``[B or 1, T, 2]``, the first key that a token sees and the one past the last. Neither falls along
+            T. None: causal, a token sees the keys up to its own. A token that sees none has output 0.
+
+    Raises:
+        TypeError, ValueError: dtypes or shapes do not fit; spans fall or leave [0, S].
     """
-    _check(q, k, v)
+    _check(q, k, v, spans)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if q.is_cpu and q.numel():
-        return apply(CausalAttention, q, k, v, scale)
+    if (q.is_cpu or q.is_meta) and q.numel() and k.numel():
+        return apply(Attention, q, k, v, spans, scale)
+    mask = None if spans is None else mask_of(spans, q.shape[2], k.shape[2], q.device)
     grouped = q.shape[1] != k.shape[1]
-    return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    return functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )

@@ -3,7 +3,8 @@
   backward  t = dy·(offset + weight)    dx = rstd·(t − x·rstd²·mean(t·x))    dweight = Σ dy·x·rstd
 
 Math in fp32 and one rounding (transformers rounds twice and keeps fp32 copies of x for autograd). Kept for the
-backward: x, rstd [M], weight. y has x's dtype whatever the weight's.
+backward: x, rstd [M], weight. y has x's dtype whatever the weight's, dweight the weight's. Where both gradients are
+wanted, one pass over dy and x forms both.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from inlay._native import module
+from inlay.ops._column_sums import share_sums
 from inlay.ops._registry import (
     apply,
     as_rows,
@@ -67,32 +69,52 @@ def rms_norm_forward(x: Tensor, weight: Tensor | None, eps: float, offset: float
     return y.to(x.dtype).contiguous(), rstd
 
 
-def _backward_native(dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float) -> Tensor:
+def _check_backward(dy: Tensor, x: Tensor, weight: Tensor | None, needs_dweight: bool) -> None:
     _check("rms_norm_backward", x, weight)
     check_same("rms_norm_backward", "dy", dy, "x", x, shape=True)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if needs_dweight and weight is None:
+        fail("rms_norm_backward", "weight", "a weight, since its gradient is asked for", None, "ask for dx alone")
+
+
+def _backward_native(
+    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float, needs_dx: bool, needs_dweight: bool
+) -> tuple[Tensor, Tensor]:
+    _check_backward(dy, x, weight, needs_dweight)
+    dx, dweight = _backward_fake(dy, x, weight, rstd, offset, needs_dx, needs_dweight)
     weight = None if weight is None else weight.contiguous()
-    module().rms_norm_backward(*map(as_rows, (dx, dy, x)), weight, rstd.reshape(-1), offset)
-    return dx
+    written = (
+        as_rows(dx) if needs_dx else None,
+        dweight if needs_dweight else None,
+        share_sums(x, x.shape[-1]) if needs_dweight else None,
+    )
+    if needs_dx or needs_dweight:
+        module().rms_norm_backward(*written, as_rows(dy), as_rows(x), weight, rstd.reshape(-1), offset)
+    return dx, dweight
 
 
-@raw_op(native=_backward_native, fake=lambda dy, x, weight, rstd, offset: x.new_empty(x.shape))
-def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float) -> Tensor:
-    """dy, x [..., H], rstd [...] -> dx [..., H]"""
-    _check("rms_norm_backward", x, weight)
-    check_same("rms_norm_backward", "dy", dy, "x", x, shape=True)
+def _backward_fake(
+    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float, needs_dx: bool, needs_dweight: bool
+) -> tuple[Tensor, Tensor]:
+    dx = x.new_empty(x.shape if needs_dx else 0)
+    return dx, x.new_empty(0) if weight is None or not needs_dweight else weight.new_empty(weight.shape)
+
+
+@raw_op(native=_backward_native, fake=_backward_fake)
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float, needs_dx: bool, needs_dweight: bool
+) -> tuple[Tensor, Tensor]:
+    """dy, x [..., H], rstd [...] -> dx [..., H], dweight [H] in the weight's dtype; [0] for what is not needed."""
+    _check_backward(dy, x, weight, needs_dweight)
+    dx, dweight = _backward_fake(dy, x, weight, rstd, offset, needs_dx, needs_dweight)
     wide = compute_dtype(x)
-    t = dy.to(wide) * _scale(weight, offset, wide)
-    rstd = rstd.unsqueeze(-1)
+    grad, rstd = dy.to(wide), rstd.unsqueeze(-1)
     normed = x.to(wide) * rstd
-    dx = rstd * (t - normed * (t * normed).mean(-1, keepdim=True))
-    return dx.to(x.dtype).contiguous()
-
-
-def _weight_grad(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
-    """Norm weights are rarely trained, so plain torch does here."""
-    terms = dy.to(rstd.dtype) * x.to(rstd.dtype) * rstd.unsqueeze(-1)
-    return as_rows(terms).sum(0).to(weight.dtype)
+    if needs_dx:
+        t = grad * _scale(weight, offset, wide)
+        dx = (rstd * (t - normed * (t * normed).mean(-1, keepdim=True))).to(x.dtype).contiguous()
+    if needs_dweight:
+        dweight = as_rows(grad * normed).sum(0).to(dweight.dtype)
+    return dx, dweight
 
 
 class _RMSNorm(Function):
@@ -110,9 +132,9 @@ class _RMSNorm(Function):
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
-        dx = rms_norm_backward(dy, x, weight, rstd, ctx.offset) if ctx.needs_input_grad[0] else None
-        dweight = _weight_grad(dy, x, rstd, weight) if ctx.needs_input_grad[1] else None
-        return dx, dweight, None, None
+        needs = ctx.needs_input_grad[:2]
+        dx, dweight = rms_norm_backward(dy, x, weight, rstd, ctx.offset, *needs)
+        return dx if needs[0] else None, dweight if needs[1] else None, None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:

@@ -11,38 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from ..bases.linear import is_linear
 from ..bases.quantized import QuantizedWeight
 from ..nn.probe import generator, same, shallow, takes_only
-from ..ops._registry import apply, as_rows, compute_dtype, without_autocast, without_views
+from ..ops._registry import compute_dtype
+from ..ops.scale_shift import scale_shift
 from ..roles import widths
 from .linear.base import LinearPiece, like_of
-
-
-class _ScaleShift(Function):
-    """Keeps x only where a gradient of the scale is wanted. Sums and products in fp32, one rounding."""
-
-    @staticmethod
-    @without_views
-    @without_autocast
-    def forward(ctx: Any, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-        needs = ctx.needs_input_grad
-        ctx.save_for_backward(x if needs[1] else None, scale if needs[0] else None)
-        return affine(x, scale, shift)
-
-    @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale = ctx.saved_tensors
-        needs, wide = ctx.needs_input_grad, compute_dtype(dy)
-        rows = as_rows(dy).to(wide)
-        dx = affine(dy, scale, None) if needs[0] else None
-        dscale = (rows * as_rows(x).to(wide)).sum(0) if needs[1] else None
-        return dx, dscale, rows.sum(0) if needs[2] else None
 
 
 def affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
@@ -55,15 +31,6 @@ def affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     elif shift is not None:
         wide = wide + shift.to(wide.dtype)
     return wide.to(x.dtype)
-
-
-def scale_shift(x: Tensor, scale: Tensor | None, shift: Tensor | None = None, channels: Tensor | None = None) -> Tensor:
-    """``x·scale + shift`` for ``x [..., n]``, both fp32 ``[n]`` or None; on ``channels`` (int64 ``[s]``) of x alone,
-    where the two are ``[s]``."""
-    if channels is None:
-        return apply(_ScaleShift, x, scale, shift)
-    changed = apply(_ScaleShift, x.index_select(-1, channels), scale, shift)
-    return x.index_copy(-1, channels, changed)
 
 
 def norm_offset(module: nn.Module) -> float | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..scale_shift import scale_shift
+from ...ops.scale_shift import scale_shift
 from .base import LinearPiece
 from .submatrix import check_indices
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...roles import widths
+from ...sharding import whole
 from .base import LinearPiece, like_of
 
 
@@ -92,7 +93,7 @@ class OutputAdapter(LinearPiece):
     def average(self, decay: float) -> None:
         """Move the averages towards the values: ``decay·average + (1 - decay)·value``."""
         for name, average in self.averages.items():
-            getattr(self, average).lerp_(getattr(self, name).detach(), 1 - decay)
+            getattr(self, average).lerp_(whole(getattr(self, name).detach()), 1 - decay)
 
     def lora_factors(self, weight: Callable[[], Tensor] | None = None) -> tuple[Tensor, Tensor] | None:
         """``D·W`` and ``s·U`` as in use; none where the module has a bias, which goes through the adapter too."""

@@ -15,9 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from ...bases.linear import base_linear, is_conv1d
 from ...ops._registry import apply, as_rows, autocast_dtype, compute_dtype, without_autocast, without_views
+from ...ops.scale_shift import scale_shift
 from ...ops.swiglu import swiglu_backward, swiglu_forward
 from ...roles import widths
-from ..scale_shift import affine, scale_shift
+from ..scale_shift import affine
 from .base import LinearPiece, like_of
 from .submatrix import check_indices
 
