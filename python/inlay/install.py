@@ -21,7 +21,7 @@ from .nn.tuned_quantized import tuned
 from .nn.use_check import check_at_first_training_forward
 from .nn.whole import add_whole, check_whole
 from .pieces import Piece, Whole
-from .pieces.embedding import lookup_of
+from .pieces.lookup import lookup_of
 from .schedules import SCHEDULES, Schedule, follow
 from .sites import LinearSite, site_of
 from .state import (

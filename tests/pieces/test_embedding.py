@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from inlay.nn.tuned_output import hold_outputs
-from inlay.pieces.embedding import EmbeddingLowRank, EmbeddingRows, lookup_of, places_of
+from inlay.pieces.embedding import EmbeddingLowRank, EmbeddingRows, places_of
+from inlay.pieces.lookup import lookup_of
 from inlay.pieces.token_rows import TokenEmbeddings
 
 V, H = 400, 8
