@@ -126,7 +126,7 @@ def fused_attention(device: str) -> Iterator[None]:
 
     nn.functional.scaled_dot_product_attention = attend
     if device == "cpu":
-        attention.has_own_kernel = lambda query: kernel_fits(query) if query.is_meta else has_kernel(query)
+        attention.has_own_kernel = lambda q: kernel_fits(q) if q.is_meta else has_kernel(q)
     try:
         yield
     finally:

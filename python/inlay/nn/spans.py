@@ -43,4 +43,6 @@ def _measured(mask: Tensor) -> Tensor | None:
     end = torch.where(count > 0, begin + count, 0).cummax(-1).values
     spans = torch.stack((torch.where(count > 0, begin, end), end), -1)  # an empty one lies where the last ended
     never_falls = bool((spans.diff(dim=1) >= 0).all())
-    return spans if never_falls and torch.equal(mask_of(spans, *mask.shape[2:], mask.device), mask) else None
+    return (
+        spans if never_falls and torch.equal(mask_of(spans, mask.shape[2], mask.shape[3], mask.device), mask) else None
+    )
