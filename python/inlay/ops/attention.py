@@ -45,9 +45,13 @@ def _unit_inner(x: Tensor) -> Tensor:
 
 
 def shares(q: Tensor, k: Tensor) -> int:
-    """Into how many shares of keys a backward is cut, so that few heads keep several threads busy."""
-    pieces, keys = k.shape[0] * k.shape[1], k.shape[2]
-    return 1 if pieces >= 16 or keys < 512 else 4
+    """Into how many shares of its keys the backward of a head is cut, so that few heads keep several threads busy.
+
+    Shapes decide, not threads, so that results do not depend on those. Each share packs the queries again and leaves a
+    part of dq: a third more time for four shares of 512 keys, a tenth for two of 1,024.
+    """
+    heads, keys = k.shape[0] * k.shape[1], k.shape[2]
+    return 1 if heads >= 16 else min(4, max(1, keys // 1024))
 
 
 def _forward_native(q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
