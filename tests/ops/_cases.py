@@ -12,10 +12,14 @@ from torch.nn import functional
 from inlay import ops
 from inlay.bases.four_bit import FourBit
 from inlay.bases.int8 import Int8
+from inlay.ops._registry import apply
 from inlay.ops.base_linear import base_linear
 from inlay.ops.base_products import DenseBase, DenseBaseT
 from inlay.ops.lora_linear import lora_linear, swiglu_lora_linear
 from inlay.ops.stacked_linear import Part, stacked_linear
+from inlay.pieces.embedding import _AddLowRankRows, _AddRows
+from inlay.pieces.linear.channel_map import _MapChannels
+from inlay.pieces.linear.rescale import _ScaledSwiGLU
 
 WIDE, NARROW, RANK = 24, 16, 3
 BASES = ("dense", "conv1d", "nf4", "nf4 double", "int8")
@@ -245,6 +249,47 @@ def _swiglu() -> Case:
     return Case(lambda: (ops.swiglu(gate, up),), lambda: (functional.silu(gate) * up,), [gate, up], [])
 
 
+def _scaled_swiglu() -> Case:
+    gate, up, scale = leaf(2, 5, WIDE), leaf(2, 5, WIDE, seed=5), leaf(WIDE, seed=6)
+    return Case(
+        lambda: (apply(_ScaledSwiGLU, gate, up, "silu", scale),),
+        lambda: (functional.silu(gate) * up * scale,),
+        [gate, up, scale],
+        [],
+    )
+
+
+def _map_channels() -> Case:
+    y, matrix, bias, channels = leaf(2, 5, WIDE), leaf(3, 3, seed=5), leaf(3, seed=6), torch.tensor([1, 4, 9])
+
+    def plain():
+        chosen = y[..., channels]
+        return (y.index_copy(-1, channels, chosen + chosen @ matrix.t() + bias),)
+
+    return Case(lambda: (apply(_MapChannels, y, matrix, bias, channels),), plain, [y, matrix, bias], [])
+
+
+def _add_rows() -> Case:
+    y, values = leaf(2, 5, WIDE), leaf(3, WIDE, seed=5)
+    indices, ids = torch.tensor([2, 3, 7]), torch.tensor([[0, 2, 7, 2, 9], [3, 3, 1, 7, 5]])
+
+    def plain():
+        table = torch.zeros(10, WIDE).index_copy(0, indices, values)
+        return (y + 0.5 * functional.embedding(ids, table),)
+
+    return Case(lambda: (apply(_AddRows, y, values, indices, ids, 0.5, None),), plain, [y, values], [])
+
+
+def _add_low_rank_rows() -> Case:
+    y, a, b = leaf(2, 5, WIDE), leaf(4, 10, seed=5), leaf(WIDE, 4, seed=6)
+    ids = torch.tensor([[0, 2, 7, 2, 9], [3, 3, 1, 7, 5]])
+
+    def plain():
+        return (y + 0.5 * functional.embedding(ids, (b @ a).t()),)
+
+    return Case(lambda: (apply(_AddLowRankRows, y, a, b, ids, 0.5, None),), plain, [y, a, b], [])
+
+
 def _rope(trained_angles: bool):
     def make() -> Case:
         q, k = leaf(2, 4, 5, 8), leaf(2, 2, 5, 8)
@@ -294,6 +339,10 @@ WITHOUT_A_BASE: dict[str, Callable[[], Case]] = {
     "scale_shift, shift alone": _scale_shift(False, True),
     "scale_shift, chosen channels": _scale_shift(True, True, chosen=True),
     "swiglu": _swiglu,
+    "swiglu, scaled": _scaled_swiglu,
+    "map of channels": _map_channels,
+    "rows of an embedding": _add_rows,
+    "low-rank rows of an embedding": _add_low_rank_rows,
     "rope": _rope(False),
     "rope, trained angles": _rope(True),
     "attention": _attention,
