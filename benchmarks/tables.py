@@ -226,6 +226,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scale": scale_table,
     "estimate": estimate_table,
     "run-memory": run_memory_table,
+    "attention": lambda: op_table("attention", "attention_avx512"),
     "four-bit-ops": lambda: op_table("quantize_blockwise", "quantized_linear"),
     "cross-entropy": lambda: op_table("cross_entropy"),
     "generate": generate_table,

@@ -148,7 +148,7 @@ std::vector<const KernelTable*> available() {
   std::vector<const KernelTable*> tables = {&kScalar};
 #if defined(INLAY_HAVE_avx2)
   if (cpu().avx2) tables.push_back(&kAvx2);
-  // Intel's AVX-512 multiplies pairs of bf16 at half the rate of fp32, AMD's at twice.
+  // Intel's AVX-512 multiplies pairs of bf16 at half the rate of fp32, AMD's, by its tables, at twice.
   if (cpu().avx512_bf16 && cpu().intel) tables.push_back(&kAvx512Bf16);
   if (cpu().avx512) tables.push_back(&kAvx512);
   if (cpu().avx512_bf16 && !cpu().intel) tables.push_back(&kAvx512Bf16);
