@@ -95,6 +95,7 @@ def _check_backward(
         return
     if x is None:
         fail(op, "x", "the input, since dgamma is asked for", None, "keep it in the forward")
+    assert x is not None
     check_same(op, "x", x, "dy", dy)
     wanted = dy.shape if channels is None else (*dy.shape[:-1], channels.numel())
     if x.shape != wanted:
