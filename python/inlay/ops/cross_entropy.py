@@ -5,8 +5,9 @@ their gradient (softmax − onehot)·scale; d_hidden = that · W. The gradient i
 and the backward only multiplies by the incoming one, which mostly is 1.
 
 A trained head's gradient is as large as the head. The logits of few rows take no more memory than its fp32 sum would:
-then they are one chunk, and a single product writes the gradient in the weight's dtype. More rows are summed in fp32, a
-part of the vocabulary at a time. Either way the peak stays below the sum and the gradient together.
+then they are one chunk, and a single product writes the gradient in the weight's dtype. More rows are summed in fp32
+and rounded at the end. Either way the peak is at most that sum and the gradient. In 16 bits an incoming gradient other
+than 1 rounds the gradient of a single chunk once more, as torch does.
 """
 
 from __future__ import annotations
