@@ -31,9 +31,9 @@ INLAY_OP(submatrix_scatter_add, (const TensorView& dx, const TensorView& indices
 INLAY_OP(submatrix_write, (const TensorView& weight, const TensorView& indices, const TensorView& values))
 
 // out[n, j] = Σ_m dy[m, n]·x[m, j] in fp32            out f32, any strides; dy [M, N], x [M, s]; s ≤ N
-// CPU (isa amx only): out [N, s], dy and x bf16
-// CUDA: out [P, N, s], a sum per share of the tokens; dy and x bf16 or f16; s ≤ 64
-INLAY_OP(submatrix_grad, (const TensorView& out, const TensorView& dy, const TensorView& x))
+// CPU (isa amx only): out [N, s], dy and x bf16; add: out += that
+// CUDA: out [P, N, s], a sum per share of the tokens; dy and x bf16 or f16; s ≤ 64; nothing is added to
+INLAY_OP(submatrix_grad, (const TensorView& out, const TensorView& dy, const TensorView& x, bool add))
 
 // out = act(gate)·up                                    float [M, K]; act 0 silu, 1 gelu tanh, 2 gelu erf
 INLAY_OP(swiglu_forward, (const TensorView& out, const TensorView& gate, const TensorView& up, int64_t act))

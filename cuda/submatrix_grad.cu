@@ -105,8 +105,9 @@ void with_tiles(const TensorView& out, const TensorView& dy, const TensorView& x
 
 }  // namespace
 
-void submatrix_grad(const TensorView& out, const TensorView& dy, const TensorView& x) {
+void submatrix_grad(const TensorView& out, const TensorView& dy, const TensorView& x, bool add) {
   if (x.shape[1] > kMostChosen) fail("submatrix_grad", "x", "at most 64 columns", x, "use torch.mm");
+  if (add) fail("submatrix_grad", "add", "false", out, "add the shares to it");
   if (out.shape[0] < 1)
     fail("submatrix_grad", "out", "[shares of the tokens, N, s]", out, "pass one share or more");
   if (dy.dtype == DType::bf16) return with_tiles<bf16>(out, dy, x);

@@ -68,6 +68,33 @@ def main() -> None:
         print(f"  peak memory, {name}: {_peak_megabytes(candidates[name]):.0f} MB")
     for chunk in (int(argument) for argument in sys.argv[1:] if argument.isdigit()):
         line(f"  chunk {chunk}", alternate({"ours": lambda chunk=chunk: step(ours(chunk))}, least=3))
+    _trained_head(hidden, weight, labels)
+
+
+def _trained_head(hidden, weight, labels):
+    """The head's gradient too: one chunk of logits, and several whose products are summed in fp32."""
+    weight = weight.clone().requires_grad_()
+    wide = weight.detach().float().requires_grad_()
+
+    def step(head, chunk=None):
+        return torch.autograd.grad(linear_cross_entropy(hidden, head, labels, chunk=chunk), (hidden, head))
+
+    def matmuls():
+        with torch.no_grad():
+            logits = torch.mm(hidden, weight.t())
+            return torch.mm(logits, weight), torch.mm(logits.t(), hidden)
+
+    candidates = {
+        "ours": lambda: step(weight),
+        "its three matmuls": matmuls,
+        "ours, in chunks of 256": lambda: step(weight, 256),
+        "ours, head in fp32": lambda: step(wide),
+    }
+    times = alternate(candidates, seconds=5, least=3)
+    flops = 6 * TOKENS * VOCABULARY * WIDTH / 1e9
+    line("the same with a trained head", times, gigaflops=flops)
+    for name in candidates:
+        print(f"  peak memory, {name}: {_peak_megabytes(candidates[name]):.0f} MB")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ namespace INLAY_ISA_NS {
 
 #if !defined(INLAY_VEC_amx)
 
-void submatrix_grad(const TensorView&, const TensorView& dy, const TensorView&) {
+void submatrix_grad(const TensorView&, const TensorView& dy, const TensorView&, bool) {
   fail("submatrix_grad", "instruction set", "amx", dy, "use the reference on this machine");
 }
 
@@ -71,17 +71,20 @@ void interleave(uint32_t* out, const TensorView& dy, int64_t first, int64_t coun
   }
 }
 
-// [s, 32] sums of one square of columns into out [N, s], whichever way it lies.
-void write(const TensorView& out, const float* sums, int64_t column) {
+// [s, 32] sums of one square of columns into out [N, s], whichever way it lies, or added to what is there.
+void write(const TensorView& out, const float* sums, int64_t column, bool add) {
   const int64_t rest = out.shape[0] - column, width = rest < kSquare ? rest : kSquare, chosen = out.shape[1];
   float* to = data<float>(out) + column * out.strides[0];
   for (int64_t j = 0; j < chosen; ++j)
-    for (int64_t n = 0; n < width; ++n) to[n * out.strides[0] + j * out.strides[1]] = sums[j * kSquare + n];
+    for (int64_t n = 0; n < width; ++n) {
+      float& number = to[n * out.strides[0] + j * out.strides[1]];
+      number = sums[j * kSquare + n] + (add ? number : 0.0f);
+    }
 }
 
 }  // namespace
 
-void submatrix_grad(const TensorView& out, const TensorView& dy, const TensorView& x) {
+void submatrix_grad(const TensorView& out, const TensorView& dy, const TensorView& x, bool add) {
   const int64_t tokens = dy.shape[0], columns = dy.shape[1], chosen = x.shape[1];
   const int64_t padded = whole_squares(tokens), narrow = whole_squares(chosen);
   Scratch left(narrow * padded * 2);
@@ -105,7 +108,7 @@ void submatrix_grad(const TensorView& out, const TensorView& dy, const TensorVie
       }
     }
     for (int64_t c = 0; c < squares; ++c)
-      write(out, reinterpret_cast<float*>(sums.aligned) + c * narrow * kSquare, column + c * kSquare);
+      write(out, reinterpret_cast<float*>(sums.aligned) + c * narrow * kSquare, column + c * kSquare, add);
   });
 }
 

@@ -41,7 +41,7 @@ void submatrix_write(const TensorView& weight, const TensorView& indices, const 
   run(op, &KernelTable::submatrix_write, weight, indices, values);
 }
 
-void submatrix_grad(const TensorView& out, const TensorView& dy, const TensorView& x) {
+void submatrix_grad(const TensorView& out, const TensorView& dy, const TensorView& x, bool add) {
   constexpr const char* op = "submatrix_grad";
   check_lead(op, "dy", dy);
   check_lead(op, "x", x);
@@ -54,7 +54,7 @@ void submatrix_grad(const TensorView& out, const TensorView& dy, const TensorVie
   check_dtype(op, "out", out, DType::f32);
   if (out.ndim != 2 + shares || out.shape[shares] != dy.shape[1] || out.shape[shares + 1] != x.shape[1])
     fail(op, "out", "[columns of dy, columns of x]", out, "match it to both");
-  run(op, &KernelTable::submatrix_grad, out, dy, x);
+  run(op, &KernelTable::submatrix_grad, out, dy, x, add);
 }
 
 }  // namespace inlay

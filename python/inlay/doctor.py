@@ -82,7 +82,7 @@ def _gpu_lines() -> Iterator[tuple[str, str]]:
 
 
 #: Raw ops whose CPU kernel wants AMX, and what runs without it.
-_WITHOUT_AMX = {"submatrix_grad": "torch.mm in fp32"}
+_WITHOUT_AMX = {"submatrix_grad": "torch.mm in fp32", "submatrix_grad_into": "torch.mm in fp32"}
 
 #: Raw ops that exist for their CUDA kernel, and what a CPU takes instead.
 _FOR_CUDA = {

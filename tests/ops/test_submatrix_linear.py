@@ -68,6 +68,23 @@ def test_grad(path, dtype):
     assert_as_good(ours, plain, exact, "submatrix_grad")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns, chosen", [(29, 13), (13, 29), (4133, 5)])
+def test_grad_into_a_sum(path, dtype, columns, chosen):
+    """Written, and added to what is there: in panels too."""
+    dy, x, before = torch.randn(70, columns).to(dtype), torch.randn(70, chosen).to(dtype), torch.randn(columns, chosen)
+    product = submatrix.submatrix_grad(dy, x)
+    exact = dy.double().t() @ x.double()
+    for add in (False, True):
+        out = before.clone()
+        submatrix.submatrix_grad_into_(out, dy, x, add)
+        assert_as_good(out, before * add + product, before.double() * add + exact, f"add {add}", slack=2)
+    with pytest.raises(ValueError, match="out: wanted shape"):
+        submatrix.submatrix_grad_into_(before[1:], dy, x, True)
+    with pytest.raises(TypeError, match="out: wanted torch.float32"):
+        submatrix.submatrix_grad_into_(before.bfloat16(), dy, x, True)
+
+
 def _dense_delta(values, indices, side, out, width):
     delta = torch.zeros(out, width, dtype=values.dtype)
     return delta.index_copy(1 if side == "in" else 0, indices, values)

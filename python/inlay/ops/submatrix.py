@@ -191,7 +191,7 @@ def narrow_grad(wide: Tensor, narrow: Tensor, processors: int, transposed: bool 
     shape = (shares, *(reversed(columns) if transposed else columns))
     sums = torch.empty(shape, dtype=torch.float32, device=wide.device)
     out = sums.transpose(1, 2) if transposed else sums
-    module().submatrix_grad(out, _unit_rows(wide), _unit_rows(narrow))
+    module().submatrix_grad(out, _unit_rows(wide), _unit_rows(narrow), False)
     return sums[0] if shares == 1 else sums.sum(0)
 
 
@@ -215,15 +215,24 @@ def _grad_native(dy: Tensor, x_sel: Tensor) -> Tensor:
     left, right = as_rows(dy), as_rows(x_sel)
     if left.is_cuda and left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16):
         return _grad_on_cuda(left, right)
-    on_amx = left.is_cpu and module().isa() == "amx"
-    if not (on_amx and left.dtype == right.dtype == torch.bfloat16 and left.numel() and right.numel()):
+    if not _runs_on_amx(left, right):
         return _grad_reference(dy, x_sel)
     out = torch.empty(left.shape[1], right.shape[1], dtype=torch.float32)
-    if right.shape[1] <= left.shape[1]:
-        module().submatrix_grad(out, _unit_rows(left), _unit_rows(right))
-    else:
-        module().submatrix_grad(out.t(), _unit_rows(right), _unit_rows(left))
+    _grad_on_amx(out, left, right, False)
     return out
+
+
+def _runs_on_amx(left: Tensor, right: Tensor) -> bool:
+    if not (left.is_cpu and module().isa() == "amx"):
+        return False
+    return bool(left.dtype == right.dtype == torch.bfloat16 and left.numel() and right.numel())
+
+
+def _grad_on_amx(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
+    if right.shape[1] <= left.shape[1]:
+        module().submatrix_grad(out, _unit_rows(left), _unit_rows(right), add)
+    else:
+        module().submatrix_grad(out.t(), _unit_rows(right), _unit_rows(left), add)
 
 
 def _unit_rows(x: Tensor) -> Tensor:
@@ -232,3 +241,39 @@ def _unit_rows(x: Tensor) -> Tensor:
 
 _grad_reference.__name__ = "submatrix_grad"
 submatrix_grad = raw_op(native=_grad_native, fake=_grad_fake)(_grad_reference)
+
+
+# --- the same into a sum that is as large as a weight -----------------------------------------------------------------
+
+#: Rows of the sum whose product is formed at a time where no kernel adds: what lies beside the sum stays small.
+_PANEL = 4096
+
+
+def _check_into(out: Tensor, dy: Tensor, x_sel: Tensor) -> None:
+    _check_grad(dy, x_sel)
+    op, wanted = "submatrix_grad_into_", (dy.shape[-1], x_sel.shape[-1])
+    check_device(op, "out", out, "dy", dy)
+    if out.dtype != compute_dtype(dy):
+        fail(op, "out", str(compute_dtype(dy)), out.dtype, "keep sums in fp32 until the one rounding", TypeError)
+    if out.shape != wanted:
+        fail(op, "out", f"shape {wanted}", tuple(out.shape), "pass the whole sum")
+
+
+def _into_native(out: Tensor, dy: Tensor, x_sel: Tensor, add: bool) -> None:
+    """In the kernel on AMX; elsewhere a panel after the other by submatrix_grad."""
+    _check_into(out, dy, x_sel)
+    left, right = as_rows(dy), as_rows(x_sel)
+    if _runs_on_amx(left, right):
+        _grad_on_amx(out.detach(), left, right, add)
+        return
+    for start in range(0, out.shape[0], _PANEL):
+        panel, product = out.detach()[start : start + _PANEL], submatrix_grad(left[:, start : start + _PANEL], right)
+        _ = panel.add_(product) if add else panel.copy_(product)
+
+
+@raw_op(native=_into_native, fake=lambda out, dy, x_sel, add: None, mutates=("out",))
+def submatrix_grad_into_(out: Tensor, dy: Tensor, x_sel: Tensor, add: bool) -> None:
+    """out fp32 [N, s] = dyᵀ·x_sel, or that added to it; no copy of out's size is made."""
+    _check_into(out, dy, x_sel)
+    product = _grad_reference(dy, x_sel)
+    out.detach().copy_(out.detach() + product if add else product)
