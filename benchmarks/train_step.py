@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-DEFAULT_METHODS = "inlay-s2ft,peft-lora,full"
+DEFAULT_METHODS = "inlay-s2ft,peft-lora,full,inlay-s2ft-in-place,inlay-lora"
 
 
 def parse() -> argparse.Namespace:

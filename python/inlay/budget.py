@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,6 +27,7 @@ from .methods.lora import LoRA
 from .methods.s2ft import S2FT
 from .roles import roles
 from .select.trial import loss_of
+from .select.untouched import untouched
 from .sites import block_of, blocks_of
 
 _UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -243,7 +243,9 @@ def _weigh(model: nn.Module, batches: list[Mapping[str, Any]]) -> tuple[dict[str
         if is_linear(module) and not isinstance(module, QuantizedWeight) and block_of(name, blocks_of(model))
     }
     sums: dict[str, Energy] = {}
-    with _gradients(model, linears) as parameters:
+    parameters = [module.weight for module in linears.values()]
+    with untouched(model, parameters):
+        model.eval()
         loss_of(model, batches[0]).backward()  # warms up
         started = time.perf_counter()
         loss_of(model, batches[0]).backward()
@@ -256,26 +258,6 @@ def _weigh(model: nn.Module, batches: list[Mapping[str, Any]]) -> tuple[dict[str
                 _add(sums, name, module, len(batches))
     flops = estimate(model, Full(target_modules=[f"{name}.weight" for name in linears]), batch=batches[0]).step_flops
     return sums, flops / max(seconds, 1e-9)
-
-
-@contextmanager
-def _gradients(model: nn.Module, linears: Mapping[str, Any]) -> Iterator[list[nn.Parameter]]:
-    flags = {p: (p.requires_grad, p.grad) for p in model.parameters()}
-    modes = {module: module.training for module in model.modules()}
-    wanted = [module.weight for module in linears.values()]
-    ids = {id(p) for p in wanted}
-    try:
-        for parameter in flags:
-            parameter.requires_grad_(id(parameter) in ids)
-            parameter.grad = None
-        model.eval()
-        yield wanted
-    finally:
-        for parameter, (requires_grad, grad) in flags.items():
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
-        for module, training in modes.items():
-            module.training = training
 
 
 def _add(sums: dict[str, Energy], name: str, module: Any, batches: int) -> None:

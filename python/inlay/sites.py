@@ -1,10 +1,10 @@
-"""Where a piece can sit: linears, other modules with an output, single tensors."""
+"""Where a piece can sit: linears, and other modules with an output; and where blocks, norms and embeddings are."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from .bases.linear import is_linear
 from .bases.quantized import QuantizedWeight
@@ -15,7 +15,7 @@ class Site:
     """A place in a model.
 
     Attributes:
-        path: full name of the module (of the tensor, for a :class:`TensorSite`), as ``named_modules`` has it.
+        path: full name of the module as ``named_modules`` has it.
     """
 
     path: str
@@ -31,19 +31,6 @@ class LinearSite(Site):
 
 class OutputSite(Site):
     """Any other module of one input and one output: a norm, an embedding. Takes a ``Piece``."""
-
-
-class TensorSite(Site):
-    """A Parameter (or buffer) by its state-dict key, which trains whole. Takes a :class:`inlay.pieces.Whole`."""
-
-    def module(self, model: nn.Module) -> nn.Module:
-        return model.get_submodule(self.path.rpartition(".")[0])
-
-    def tensor(self, model: nn.Module) -> Tensor:
-        """The tensor itself."""
-        held = getattr(self.module(model), self.path.rpartition(".")[2])
-        assert isinstance(held, Tensor)
-        return held
 
 
 def site_of(model: nn.Module, path: str) -> Site:

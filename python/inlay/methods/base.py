@@ -15,6 +15,7 @@ from ..bases import BaseConfig, quantize_linears
 from ..pieces import Piece, Whole
 from ..schedules import Schedule
 from ..sites import Site
+from ..targets import resolve
 
 #: Calibration data: batches of keyword arguments for the model's forward.
 Calibration = Iterable[Mapping[str, Any]]
@@ -101,6 +102,17 @@ class Method:
     layers_to_transform: int | Sequence[int] | None = field(default=None, kw_only=True)
     modules_to_save: Sequence[str] | None = field(default=None, kw_only=True)
     seed: int = field(default=0, kw_only=True)
+
+    def linears(self, model: nn.Module, usual: str | Sequence[str] | None = None, **more: Any) -> list[str]:
+        """Names of the linears that the options mean; ``usual``: the targets where none are named, or None for those
+        that return to the residual stream. ``more``, and errors: :func:`inlay.targets.resolve`."""
+        return resolve(
+            model,
+            usual if self.target_modules is None else self.target_modules,
+            exclude_modules=self.exclude_modules,
+            layers_to_transform=self.layers_to_transform,
+            **more,
+        )
 
     def plan(self, model: nn.Module, calibration: Calibration | None) -> Plan:
         """What to put where on ``model``, which nothing has changed yet."""

@@ -17,15 +17,6 @@ _VALUE = re.compile(r"(?:.*\.)?(?:v_proj|value|SelfAttention\.v|EncDecAttention\
 _ATTENTION = re.compile(r"attn|attention", re.I)
 
 
-_QUERY = re.compile(r"(?:.*\.)?(?:q_proj|q_b_proj|query|SelfAttention\.q|EncDecAttention\.q|q_lin|Wq)")
-_IN_ONE = re.compile(r"(?:.*\.)?(?:c_attn|query_key_value|qkv_proj|qkv|Wqkv|in_proj)")
-
-
-def is_query_or_value(name: str) -> bool:
-    """Whether the linear of this name makes queries or values, or all of attention's inputs in one."""
-    return any(pattern.fullmatch(name) for pattern in (_QUERY, _VALUE, _IN_ONE))
-
-
 def head_dim_of(model: nn.Module, name: str, role: str | None, channels: int) -> int | None:
     """Channels per head of the attention linear ``name``, or None if it is no attention linear.
 

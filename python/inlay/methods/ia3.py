@@ -41,10 +41,7 @@ class IA3(Method):
     feedforward_modules: str | Sequence[str] | None = None
 
     def plan(self, model: nn.Module, calibration: Calibration | None) -> Plan:
-        targets = self.target_modules if self.target_modules is not None else self._defaults(model)
-        names = resolve(
-            model, targets, exclude_modules=self.exclude_modules, layers_to_transform=self.layers_to_transform
-        )
+        names = self.linears(model, self._defaults(model) if self.target_modules is None else None)
         inputs = self._inputs(model, names)
         plan = Plan()
         for name in names:

@@ -23,7 +23,6 @@ from ..schedules import Schedule
 from ..schedules.l1 import L1Penalty
 from ..select import expand_groups, gate_gradients, generator_of
 from ..sites import LinearSite
-from ..targets import resolve
 from .base import Calibration, Method, Plan, check_one_of, register
 from .heads import head_dim_of
 
@@ -70,13 +69,7 @@ class LoFiT(Method):
             raise ValueError(f"l1_lambda: wanted a weight of 0 or more, got {self.l1_lambda}")
 
     def plan(self, model: nn.Module, calibration: Calibration | None) -> Plan:
-        names = resolve(
-            model,
-            self.target_modules,
-            defaults=("o_proj",),
-            exclude_modules=self.exclude_modules,
-            layers_to_transform=self.layers_to_transform,
-        )
+        names = self.linears(model, defaults=("o_proj",))
         width = {name: head_width(model, name) for name in names}
         if self.stage == "gates":
             return Plan({LinearSite(name): self._gate for name in names})

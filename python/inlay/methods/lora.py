@@ -22,7 +22,7 @@ from ..pieces.embedding import EmbeddingLowRank
 from ..pieces.linear import LowRankDelta
 from ..select import generator_of
 from ..sites import site_of
-from ..targets import embeddings, input_embedding, resolve
+from ..targets import embeddings, input_embedding
 from ..ties import each_once
 from .base import Calibration, Method, Plan, check_one_of, register
 from .loftq import loftq
@@ -87,13 +87,7 @@ class LoRA(Method):
         return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
 
     def targets(self, model: nn.Module) -> list[str]:
-        names = resolve(
-            model,
-            self.target_modules if self.target_modules is not None else "all-linear",
-            exclude_modules=self.exclude_modules,
-            layers_to_transform=self.layers_to_transform,
-            by_name=embeddings(model),
-        )
+        names = self.linears(model, "all-linear", by_name=embeddings(model))
         if not self.embeddings:
             return each_once(model, names)
         table = input_embedding(model)

@@ -21,7 +21,6 @@ from ..pieces.linear import SubmatrixDelta
 from ..select import random_groups
 from ..select.trial import train_some, trial
 from ..sites import LinearSite
-from ..targets import resolve
 from .base import Calibration, Method, Plan, check_one_of, register
 
 
@@ -56,12 +55,7 @@ class NeFT(Method):
             )
 
     def plan(self, model: nn.Module, calibration: Calibration | None) -> Plan:
-        names = resolve(
-            model,
-            self.target_modules if self.target_modules is not None else "all-linear",
-            exclude_modules=self.exclude_modules,
-            layers_to_transform=self.layers_to_transform,
-        )
+        names = self.linears(model, "all-linear")
         chosen = self._random(model, names) if self.strategy == "random" else self._probed(model, names, calibration)
         return Plan({LinearSite(n): partial(_build, indices=rows, where=n) for n, rows in chosen.items()})
 

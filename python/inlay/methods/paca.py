@@ -19,7 +19,6 @@ from ..bases.linear import out_in_view
 from ..pieces.linear.partial_connections import PartialConnections
 from ..select import random_groups
 from ..sites import LinearSite
-from ..targets import resolve
 from .base import Calibration, Method, Plan, register
 from .peft_files import options_in
 
@@ -46,12 +45,7 @@ class PaCA(Method):
             raise ValueError(f"r: wanted a number of columns, 1 or more, got {self.r}")
 
     def plan(self, model: nn.Module, calibration: Calibration | None) -> Plan:
-        names = resolve(
-            model,
-            self.target_modules if self.target_modules is not None else "all-linear",
-            exclude_modules=self.exclude_modules,
-            layers_to_transform=self.layers_to_transform,
-        )
+        names = self.linears(model, "all-linear")
         return Plan({LinearSite(name): partial(self._build, where=name) for name in names})
 
     def restore(self, module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> PartialConnections:

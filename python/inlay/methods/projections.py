@@ -20,6 +20,7 @@ from ..targets import linears
 
 #: ``key`` and ``value`` name other things too, outside attention.
 _IN_ATTENTION = r"(?:.*\.)?\w*(?:[aA]ttention|attn)\w*\.(?:.*\.)?"
+_QUERY = re.compile(rf"(?:.*\.)?(?:q_proj|query_proj|q_lin|q_b_proj)|{_IN_ATTENTION}(?:q|query)")
 _KEY = re.compile(rf"(?:.*\.)?(?:k_proj|key_proj|k_lin|kv_b_proj)|{_IN_ATTENTION}(?:k|key)")
 _VALUE = re.compile(rf"(?:.*\.)?(?:v_proj|value_proj|v_lin)|{_IN_ATTENTION}(?:v|value)")
 _FUSED = re.compile(r"(?:.*\.)?(?:c_attn|query_key_value|[qQ]kv_proj|Wqkv|qkv)")
@@ -50,6 +51,11 @@ def keys_and_values(model: nn.Module) -> dict[str, Tensor | None]:
         elif (parts := fused_parts(model, name)) is not None:
             found[name] = parts.both
     return found
+
+
+def is_query_or_value(name: str) -> bool:
+    """True if a linear of this name makes queries or values, or all of attention's inputs at once."""
+    return any(pattern.fullmatch(name) for pattern in (_QUERY, _VALUE, _FUSED))
 
 
 def is_fused(name: str) -> bool:

@@ -26,7 +26,6 @@ from ..schedules import Schedule
 from ..schedules.averages import Averages
 from ..select import generator_of
 from ..sites import LinearSite
-from ..targets import resolve
 from .base import Calibration, Method, Plan, register
 
 
@@ -63,12 +62,7 @@ class RAdapter(Method):
             raise ValueError(f"eval_scale: wanted a number in (0, 1], got {self.eval_scale}")
 
     def plan(self, model: nn.Module, calibration: Calibration | None) -> Plan:
-        names = resolve(
-            model,
-            self.target_modules,
-            exclude_modules=self.exclude_modules,
-            layers_to_transform=self.layers_to_transform,
-        )
+        names = self.linears(model)
         return Plan({LinearSite(name): partial(self._build, where=name) for name in names})
 
     def schedule(self, model: nn.Module) -> Schedule | None:

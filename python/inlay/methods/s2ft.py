@@ -22,7 +22,7 @@ from ..pieces.linear.submatrix import Side
 from ..roles import ROLES, role_by_name, roles, widths
 from ..select import activation_scores, expand_groups, gradient_scores, pick_groups, random_groups, weight_scores
 from ..sites import site_of
-from ..targets import INPUT_SIDE_ROLES, embeddings, resolve, suffix_match
+from ..targets import INPUT_SIDE_ROLES, embeddings, suffix_match
 from ..ties import each_once
 from .base import Calibration, Method, Plan, check_one_of, register
 from .heads import head_dim_of
@@ -81,13 +81,7 @@ class S2FT(Method):
                 raise ValueError(f"channels: wanted a whole number of channels, 1 or more, got {channels!r}")
 
     def plan(self, model: nn.Module, calibration: Calibration | None) -> Plan:
-        names = resolve(
-            model,
-            self.target_modules,
-            exclude_modules=self.exclude_modules,
-            layers_to_transform=self.layers_to_transform,
-            by_name=embeddings(model),
-        )
+        names = self.linears(model, by_name=embeddings(model))
         names = each_once(model, names)
         self._check_embeddings(model, names)
         if self.target_modules is None:

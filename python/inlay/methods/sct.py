@@ -19,7 +19,6 @@ from ..pieces.linear.channel_map import ChannelMap, ShiftedChannelMap
 from ..roles import widths
 from ..select import pick_groups, random_groups, salience_scores
 from ..sites import LinearSite
-from ..targets import resolve
 from .base import Calibration, Method, Plan, check_one_of, register
 
 
@@ -53,13 +52,7 @@ class SCT(Method):
             raise ValueError(f"channels: wanted a number of channels, 1 or more, or a fraction in (0, 1], got {held!r}")
 
     def plan(self, model: nn.Module, calibration: Calibration | None) -> Plan:
-        names = resolve(
-            model,
-            self.target_modules,
-            defaults=("o_proj",),
-            exclude_modules=self.exclude_modules,
-            layers_to_transform=self.layers_to_transform,
-        )
+        names = self.linears(model, defaults=("o_proj",))
         counts = {name: self._count(name, widths(model.get_submodule(name))[1]) for name in names}
         if self.strategy == "random":
             totals = {name: widths(model.get_submodule(name))[1] for name in names}

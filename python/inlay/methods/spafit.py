@@ -16,10 +16,9 @@ from torch import nn
 from ..bases.linear import is_linear
 from ..pieces import Whole
 from ..sites import block_of, blocks_of
-from ..targets import resolve
 from .base import Calibration, Plan, register
-from .heads import is_query_or_value
 from .lora import LoRA
+from .projections import is_query_or_value
 from .whole import in_layers
 
 
@@ -66,9 +65,4 @@ class SPAFIT(LoRA):
         if self.target_modules is not None:
             return super().targets(model)
         names = [name for name, module in model.named_modules() if is_linear(module) and is_query_or_value(name)]
-        return resolve(
-            model,
-            names or "all-linear",  # a family that has them in one linear, or under names of its own
-            exclude_modules=self.exclude_modules,
-            layers_to_transform=self.layers_to_transform,
-        )
+        return self.linears(model, names or "all-linear")

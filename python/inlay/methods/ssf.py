@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ..pieces import Piece
 from ..pieces.scale_shift import Scale, ScaleShift, norm_offset
 from ..sites import is_norm, site_of
-from ..targets import resolve
 from .base import Calibration, Method, Plan, check_one_of, register
 
 
@@ -44,13 +43,7 @@ class SSF(Method):
     def plan(self, model: nn.Module, calibration: Calibration | None) -> Plan:
         norms = [name for name, module in model.named_modules() if name and is_norm(module)]
         good = {name for name in norms if norm_offset(model.get_submodule(name)) is not None}
-        names = resolve(
-            model,
-            self.target_modules if self.target_modules is not None else "all-linear",
-            exclude_modules=self.exclude_modules,
-            layers_to_transform=self.layers_to_transform,
-            also=norms,
-        )
+        names = self.linears(model, "all-linear", also=norms)
         other = [name for name in names if name in norms and name not in good]
         if other:
             kinds = sorted({type(model.get_submodule(name)).__name__ for name in other})

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..bases.linear import is_linear
 from .trial import loss_of
+from .untouched import untouched
 
 
 def fisher_of_linears(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
@@ -26,20 +27,10 @@ def fisher_of_linears(model: nn.Module, batches: Iterable[Mapping[str, Any]]) ->
     sums: dict[str, float] = {}
     seen = 0
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-    flags = {p: (p.requires_grad, p.grad) for p in model.parameters()}
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        for parameter in flags:
-            parameter.requires_grad_(False)
+    with untouched(model):
+        model.eval()
         for batch in batches:
             seen += _add_batch(model, linears, batch, sums)
-    finally:
-        for parameter, (requires_grad, grad) in flags.items():
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
-        for module, training in modes.items():
-            module.training = training
     if not seen:
         raise ValueError("this choice wants calibration data, got none; pass tune(..., calibration=[{...}, ...])")
     return {name: total / seen for name, total in sums.items()}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..roles import widths
 from .activation import run_batches
+from .untouched import untouched
 
 
 def gate_gradients(model: nn.Module, names: Sequence[str], batches: Iterable[Any]) -> dict[str, Tensor]:
@@ -21,17 +22,11 @@ def gate_gradients(model: nn.Module, names: Sequence[str], batches: Iterable[Any
     """
     device = next(model.parameters()).device
     gates = {n: torch.zeros(widths(model.get_submodule(n))[0], device=device, requires_grad=True) for n in names}
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        model.requires_grad_(False)
-        with ExitStack() as stack:
-            for name, gate in gates.items():
-                handle = model.get_submodule(name).register_forward_pre_hook(partial(_gated, gate))
-                stack.callback(handle.remove)
-            run_batches(model, batches, loss=True)
-    finally:
-        for parameter, requires_grad in before.items():
-            parameter.requires_grad_(requires_grad)
+    with untouched(model), ExitStack() as stack:
+        for name, gate in gates.items():
+            handle = model.get_submodule(name).register_forward_pre_hook(partial(_gated, gate))
+            stack.callback(handle.remove)
+        run_batches(model, batches, loss=True)
     found = {}
     for name, gate in gates.items():
         if gate.grad is None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..bases.linear import is_conv1d
 from .activation import run_batches
+from .untouched import untouched
 
 
 def gradient_scores(
@@ -20,19 +21,10 @@ def gradient_scores(
     ``G`` is the loss gradient of the linear's weight summed over ``batches``, which must carry labels. The weights'
     ``requires_grad`` and ``grad`` are as before when this returns.
     """
-    before = {p: (p.requires_grad, p.grad) for p in model.parameters()}
     linears = {name: model.get_submodule(name) for name in sides}
-    wanted = {module.weight for module in linears.values()}
-    try:
-        for parameter in before:
-            parameter.requires_grad_(parameter in wanted)
-            parameter.grad = None
+    with untouched(model, [module.weight for module in linears.values()]):
         run_batches(model, batches, loss=True)
         return {name: _norms(name, module, sides[name]) for name, module in linears.items()}
-    finally:
-        for parameter, (requires_grad, grad) in before.items():
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
 
 
 def _norms(name: str, module: nn.Module, side: str) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..optim import AdamW
+from .untouched import untouched
 
 #: Batches of keyword arguments for the model's forward, with labels.
 Batches = Sequence[Mapping[str, Any]]
@@ -23,25 +24,14 @@ def trial(model: nn.Module, keys: Iterable[str]) -> Iterator[dict[str, nn.Parame
     Also put back: buffers, every ``requires_grad`` and ``grad``, modes, and the state of the random number generators.
     """
     chosen = {key: model.get_parameter(key) for key in keys}
-    before = {p: (p.requires_grad, p.grad) for p in model.parameters()}
-    modes = {module: module.training for module in model.modules()}
     held: list[tuple[Tensor, Tensor]] = [(t.detach(), t.detach().clone()) for t in (*chosen.values(), *model.buffers())]
-    ours = {id(p) for p in chosen.values()}
     try:
-        for parameter in before:
-            parameter.requires_grad_(id(parameter) in ours)
-            parameter.grad = None
-        with torch.random.fork_rng(devices=[]):
+        with untouched(model, chosen.values()), torch.random.fork_rng(devices=[]):
             yield chosen
     finally:
         with torch.no_grad():
             for tensor, value in held:
                 tensor.copy_(value)
-        for parameter, (requires_grad, grad) in before.items():
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
-        for module, training in modes.items():
-            module.training = training
 
 
 def train_some(

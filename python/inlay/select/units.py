@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .activation import run_batches
+from .untouched import untouched
 
 
 def unit_importance(model: nn.Module, names: Sequence[str], batches: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -21,7 +22,6 @@ def unit_importance(model: nn.Module, names: Sequence[str], batches: Iterable[Ma
         ValueError: there is no batch, or it carries no labels, or never reaches one of the linears.
     """
     sums: dict[str, Tensor] = {}
-    flags = {p: (p.requires_grad, p.grad) for p in model.parameters()}
 
     def watch(name: str, output: Tensor) -> Tensor:
         output = output if output.requires_grad else output.detach().requires_grad_(True)
@@ -34,18 +34,11 @@ def unit_importance(model: nn.Module, names: Sequence[str], batches: Iterable[Ma
         output.register_hook(add)
         return output
 
-    with ExitStack() as stack:
+    with untouched(model), ExitStack() as stack:
         for name in names:
             module = model.get_submodule(name)
             stack.callback(module.register_forward_hook(lambda m, a, y, name=name: watch(name, y)).remove)
-        try:
-            for parameter in flags:
-                parameter.requires_grad_(False)
-            run_batches(model, batches, loss=True)
-        finally:
-            for parameter, (requires_grad, grad) in flags.items():
-                parameter.requires_grad_(requires_grad)
-                parameter.grad = grad
+        run_batches(model, batches, loss=True)
     missing = [name for name in names if name not in sums]
     if missing:
         raise ValueError(f"calibration never reached {missing[:3]}; use batches that do or exclude these modules")
