@@ -199,6 +199,30 @@ def test_a_tied_head_stays_frozen_and_what_stands_above_trains(family):
         assert parameter.grad is not None and bool(parameter.grad.any()), name
 
 
+def trained_by(method, **changes) -> set[str]:
+    return set(trainables(inlay.tune(llama(**changes), method)))
+
+
+def test_targets_are_names_patterns_or_all_linears():
+    everything = trained_by(inlay.Full())
+    linears = {name for name in everything if "_proj." in name}
+    mlps = {name for name in everything if ".mlp." in name}
+    norms = {name for name in everything if "layers.1." in name and "norm" in name}
+    assert trained_by(inlay.Full(target_modules="all-linear")) == linears
+    assert trained_by(inlay.Full(target_modules=["mlp", "norm"])) == mlps | {"model.norm.weight"}
+    assert trained_by(inlay.Full(target_modules=r".*layers\.1\..*norm")) == norms
+    assert trained_by(inlay.Full(exclude_modules=["lm_head"])) == everything - {"lm_head.weight"}
+    assert trained_by(inlay.HFT(target_modules="all-linear")) == linears
+    with pytest.raises(ValueError, match="is no regular expression"):
+        trained_by(inlay.Full(target_modules="(mlp"))
+
+
+def test_the_first_thing_that_is_said_is_how_much():
+    assert inlay.FreezeLayers(2).layers == inlay.LISA(2).layers == inlay.Surgical(2).layers == 2
+    with pytest.raises(TypeError, match="layers"):
+        inlay.Telly(layers=1)
+
+
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 

@@ -94,7 +94,7 @@ def resolve(
         ]
         wanted = '"all-linear"'
     elif isinstance(target_modules, str):
-        names = [name for name in candidates if _matches(target_modules, name)]
+        names = [name for name in candidates if matches_pattern(target_modules, name)]
         wanted = f"the pattern {target_modules!r}"
         if not names and (hits := [name for name in candidates if suffix_match(name, target_modules)]):
             raise ValueError(
@@ -133,7 +133,8 @@ def _check_each_matters(
             raise ValueError(f"layers_to_transform: nothing to tune in layer {layer}; there are {known or 'no layers'}")
 
 
-def _matches(pattern: str, name: str) -> bool:
+def matches_pattern(pattern: str, name: str) -> bool:
+    """PEFT's rule for a string: a regular expression for the whole name; ValueError if it is none."""
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
@@ -171,7 +172,7 @@ def _excluded(name: str, exclude: str | Sequence[str] | None) -> bool:
     if exclude is None:
         return False
     if isinstance(exclude, str):
-        return _matches(exclude, name)
+        return matches_pattern(exclude, name)
     return any(suffix_match(name, entry) for entry in exclude)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from inlay.methods import BY_CLASS
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 _PATH = re.compile(r"`((?:csrc|cuda|python|tests|benchmarks|examples|docs|\.ci)/[\w./*<>-]*|[\w-]+\.(?:md|txt|toml))`")
@@ -34,6 +36,13 @@ def test_links_between_documents_lead_somewhere(document: Path) -> None:
     targets = re.findall(r"\]\(([^)#:]+)\)", document.read_text())
     missing = [target for target in targets if not (document.parent / target).exists()]
     assert not missing, f"{document.name} links to {missing}"
+
+
+def test_every_method_has_its_row_and_its_advice() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text()
+    rows = {match[1]: match[0] for match in re.finditer(r"^\| `inlay\.(\w+)`.*$", text, re.MULTILINE)}
+    assert set(rows) == set(BY_CLASS)
+    assert all(row.count("|") in (6, 7) and "|  |  |" not in row for row in rows.values())
 
 
 def test_tables_are_what_was_measured() -> None:

@@ -6,7 +6,7 @@ Language-models", ACL 2022, arXiv:2106.10199. All bias terms, those of norms inc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import nn
@@ -22,7 +22,7 @@ class BitFit(TrainsWhole):
 
     peft_type: ClassVar[str] = "BITFIT"
 
-    rounding: str = "fp32"
+    rounding: str = field(default="fp32", kw_only=True)
 
     def keys(self, model: nn.Module, calibration: Calibration | None) -> list[str]:
         keys = [key for key in self.candidates(model) if key.rpartition(".")[2] == "bias"]

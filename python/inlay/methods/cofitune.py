@@ -20,7 +20,7 @@ from ..bases.linear import is_conv1d, is_linear
 from ..schedules.soft_mask import SoftMask
 from ..select.units import unit_importance
 from ..sites import block_of, blocks_of
-from .base import Calibration, Method, Plan, check_one_of, register
+from .base import Calibration, Plan, check_one_of, register
 from .heads import is_attention
 from .whole import TrainsWhole
 
@@ -39,7 +39,6 @@ class CoFiTune(TrainsWhole):
     """
 
     peft_type: ClassVar[str] = "COFITUNE"
-    chooses_over_time: ClassVar[bool] = False
 
     modules: str = "ffn"
     depth: Sequence[float] = (0.25, 0.5)
@@ -72,9 +71,6 @@ class CoFiTune(TrainsWhole):
 
     def schedule(self, model: nn.Module) -> SoftMask | None:
         return self._made(model, self.keys(model, None), {}) if self.soft_mask else None
-
-    def without_data(self) -> Method:
-        return self
 
     def _masked(self, model: nn.Module, keys: list[str], calibration: Calibration | None) -> SoftMask:
         if calibration is None and next(model.parameters()).device.type == "meta":

@@ -6,8 +6,7 @@ a quarter of the layers reaches 90% of the quality.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import nn
@@ -17,34 +16,43 @@ from .base import Calibration, register
 from .whole import TrainsWhole
 
 
+@dataclass
+class TrainsAbove(TrainsWhole):
+    """Base of methods that train the model from some block up.
+
+    Attributes:
+        head: also train what stands above the blocks: the last norm and the output head. A head that is tied to the
+            input embedding stays frozen, since its gradient would have to pass all blocks.
+    """
+
+    head: bool = field(default=True, kw_only=True)
+
+    def above(self, model: nn.Module, frozen: int) -> list[str]:
+        """The candidates above the lowest ``frozen`` blocks."""
+        kept, beside = blocks_of(model)[frozen:], tensors_around(model)[1] if self.head else []
+        return [key for key in self.candidates(model) if block_of(key, kept) is not None or key in beside]
+
+
 @register
 @dataclass
-class FreezeLayers(TrainsWhole):
+class FreezeLayers(TrainsAbove):
     """Train the last blocks and what follows them; everything below is frozen and no backward runs there.
 
     Attributes:
         layers: how many blocks, or which fraction of them, rounded to the nearest and at least one.
-        head: also train what stands above the blocks: the last norm and the output head. A head that is tied to the
-            input embedding stays frozen, since its gradient would have to pass all blocks.
     """
 
     peft_type: ClassVar[str] = "FREEZE_LAYERS"
 
     layers: int | float = 0.25
-    head: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share("layers", self.layers)
 
     def keys(self, model: nn.Module, calibration: Calibration | None) -> list[str]:
-        blocks = blocks_of(model)
-        kept = blocks[len(blocks) - share_of("layers", self.layers, len(blocks)) :]
-        return self.in_blocks(model, kept, tensors_around(model)[1] if self.head else [])
-
-    def in_blocks(self, model: nn.Module, blocks: list[str], beside: Sequence[str]) -> list[str]:
-        """The candidates in ``blocks`` and ``beside`` them."""
-        return [key for key in self.candidates(model) if block_of(key, blocks) is not None or key in beside]
+        depth = len(blocks_of(model))
+        return self.above(model, depth - share_of("layers", self.layers, depth))
 
 
 def check_share(option: str, value: int | float) -> None:

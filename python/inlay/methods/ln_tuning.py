@@ -6,7 +6,7 @@ arXiv:2312.11420; all norms of the model, as PEFT's LNTuning has it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import nn
@@ -23,7 +23,7 @@ class LNTuning(TrainsWhole):
 
     peft_type: ClassVar[str] = "LN_TUNING"
 
-    rounding: str = "fp32"
+    rounding: str = field(default="fp32", kw_only=True)
 
     def keys(self, model: nn.Module, calibration: Calibration | None) -> list[str]:
         return [key for key in self.candidates(model) if is_norm(model.get_submodule(key.rpartition(".")[0]))]

@@ -40,6 +40,8 @@ class SPAFIT(LoRA):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.strata = list(self.strata)
+        if self.embeddings:
+            raise ValueError("embeddings=True: SPAFIT trains nothing below its blocks; use LoRA(embeddings=True)")
         if len(self.strata) != 2 or not 0 <= self.strata[0] <= self.strata[1] < 1:
             raise ValueError(f"strata: wanted two fractions 0 <= a <= b < 1 of the depth, got {self.strata}")
 

@@ -11,14 +11,14 @@ from typing import ClassVar
 
 from torch import nn
 
-from ..sites import blocks_of, tensors_around
+from ..sites import blocks_of
 from .base import Calibration, register
-from .freeze_layers import FreezeLayers, check_share, share_of
+from .freeze_layers import TrainsAbove, check_share, share_of
 
 
 @register
 @dataclass
-class Telly(FreezeLayers):
+class Telly(TrainsAbove):
     """Train all blocks above the lowest ``frozen_layers``, and what stands above the blocks.
 
     Attributes:
@@ -34,8 +34,8 @@ class Telly(FreezeLayers):
         check_share("frozen_layers", self.frozen_layers)
 
     def keys(self, model: nn.Module, calibration: Calibration | None) -> list[str]:
-        blocks = blocks_of(model)
-        frozen = share_of("frozen_layers", self.frozen_layers, len(blocks))
-        if frozen == len(blocks) and not self.head:
-            raise ValueError(f"frozen_layers: all {len(blocks)} blocks frozen and head=False leave nothing to train")
-        return self.in_blocks(model, blocks[frozen:], tensors_around(model)[1] if self.head else [])
+        depth = len(blocks_of(model))
+        frozen = share_of("frozen_layers", self.frozen_layers, depth)
+        if frozen == depth and not self.head:
+            raise ValueError(f"frozen_layers: all {depth} blocks frozen and head=False leave nothing to train")
+        return self.above(model, frozen)

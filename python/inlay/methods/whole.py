@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from ..bases.quantized import QuantizedWeight
 from ..pieces import Piece, Whole
 from ..sites import block_of, blocks_of
-from ..targets import suffix_match
+from ..targets import linears, matches_pattern, output_head_names, suffix_match
 from .base import Calibration, Method, Plan, check_one_of
 
 ROUNDINGS = ("residual", "stochastic", "fp32")
@@ -27,12 +27,13 @@ class TrainsWhole(Method):
             fp32. "fp32": an fp32 copy of each, rounded at every forward, for any optimizer.
         keep_original: False trains in the base's own memory, which saves one copy of what trains; adapters can then
             not be disabled or switched. Merging and saving work either way.
-        target_modules: name suffixes of modules or tensors, or None for what the method itself chooses from.
-        exclude_modules: name suffixes of modules or tensors to leave frozen.
+        target_modules: name suffixes of modules or tensors, a regular expression for the whole name of one,
+            "all-linear" (but the output head), or None for what the method itself chooses from.
+        exclude_modules: the same, of what stays frozen.
     """
 
-    rounding: str = "residual"
-    keep_original: bool = True
+    rounding: str = field(default="residual", kw_only=True)
+    keep_original: bool = field(default=True, kw_only=True)
 
     pieces: ClassVar[tuple[type[Piece], ...]] = ()
 
@@ -70,12 +71,15 @@ class TrainsWhole(Method):
             ValueError: a target, an exclusion or a layer names none.
         """
         keys = _all_keys(model)
-        targets = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
-        if targets is not None and targets != ["all-linear"]:
-            keys = [key for key in keys if _named(key, _each_names(targets, keys, "target_modules"))]
+        if self.target_modules == "all-linear":
+            named = set(linears(model)) - output_head_names(model)
+            keys = [key for key in keys if key.rpartition(".")[0] in named]
+        elif self.target_modules is not None:
+            named = _named(keys, self.target_modules, "target_modules")
+            keys = [key for key in keys if key in named]
         if self.exclude_modules is not None:
-            excluded = [self.exclude_modules] if isinstance(self.exclude_modules, str) else self.exclude_modules
-            keys = [key for key in keys if not _named(key, _each_names(excluded, keys, "exclude_modules"))]
+            named = _named(keys, self.exclude_modules, "exclude_modules")
+            keys = [key for key in keys if key not in named]
         return in_layers(model, keys, self.layers_to_transform)
 
 
@@ -97,19 +101,23 @@ def _is_packed(model: nn.Module, key: str) -> bool:
     return name != "bias" and isinstance(model.get_submodule(path), QuantizedWeight)
 
 
-def _named(key: str, entries: Iterable[str]) -> bool:
-    """Whether a tensor, or a module that it is in, is named by one of ``entries``, as suffixes."""
-    parts = key.split(".")
-    paths = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
-    return any(suffix_match(path, entry) for path in paths for entry in entries)
-
-
-def _each_names(entries: Sequence[str], keys: Sequence[str], option: str) -> Sequence[str]:
-    for entry in entries:
-        if not any(_named(key, [entry]) for key in keys):
+def _named(keys: Sequence[str], entries: str | Sequence[str], option: str) -> set[str]:
+    """The tensors among ``keys`` that are named, or in a module that is: by its end, or by a pattern as a whole."""
+    found: set[str] = set()
+    for entry in [entries] if isinstance(entries, str) else entries:
+        matches = matches_pattern if isinstance(entries, str) else lambda entry, path: suffix_match(path, entry)
+        hits = {key for key in keys if any(matches(entry, path) for path in _paths(key))}
+        if not hits:
             leaves = sorted({part for key in keys for part in key.split(".") if not part.isdigit()})
             raise ValueError(f"{option}: {entry!r} names no tensor to train; names are made of {leaves}")
-    return entries
+        found |= hits
+    return found
+
+
+def _paths(key: str) -> list[str]:
+    """The names of a tensor and of the modules that it is in."""
+    parts = key.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
 
 
 def in_layers(model: nn.Module, keys: list[str], layers: int | Sequence[int] | None) -> list[str]:
