@@ -237,10 +237,11 @@ def _weigh(model: nn.Module, batches: list[Mapping[str, Any]]) -> tuple[dict[str
     """The energies of the linears in blocks, means over batches, and how many FLOPs a second an eager step makes."""
     if not batches:
         raise ValueError("Budget wants calibration batches with labels, got none; pass tune(..., calibration=[{...}])")
+    blocks = blocks_of(model)
     linears = {
         name: module
         for name, module in model.named_modules()
-        if is_linear(module) and not isinstance(module, QuantizedWeight) and block_of(name, blocks_of(model))
+        if is_linear(module) and not isinstance(module, QuantizedWeight) and block_of(name, blocks)
     }
     sums: dict[str, Energy] = {}
     parameters = [module.weight for module in linears.values()]

@@ -58,6 +58,12 @@ def blocks_of(model: nn.Module) -> list[str]:
     ]
 
 
+def names_above(key: str) -> list[str]:
+    """The name of a tensor or module itself, and those of the modules that it is in, the outermost first."""
+    parts = key.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+
+
 def block_of(key: str, blocks: list[str]) -> str | None:
     """The block that a module or tensor is in, or None."""
     return next((block for block in blocks if key.startswith(f"{block}.")), None)
@@ -83,8 +89,7 @@ def tensors_around(model: nn.Module) -> tuple[list[str], list[str]]:
 
 def _embeds(model: nn.Module, key: str) -> bool:
     """Whether a parameter is an embedding's, or that of a module of embeddings (BERT's have a norm of their own)."""
-    parts = key.split(".")[:-1]
-    holders = [model.get_submodule(".".join(parts[:depth])) for depth in range(1, len(parts) + 1)]
+    holders = [model.get_submodule(path) for path in names_above(key)[:-1]]
     return any(isinstance(held, nn.Embedding) or "embed" in type(held).__name__.lower() for held in holders) or any(
         "embed" in part for part in key.split(".")
     )

@@ -112,11 +112,6 @@ def activate(model: nn.Module, names: Sequence[str]) -> None:
         if name not in state.methods:
             raise ValueError(f"no adapter {name!r}; there are {sorted(state.methods)}")
     held = tuned_modules(model)
-    for path, module in held.items():
-        try:
-            module.check_together(names)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
     switch_whole(model, names)
     train_whole(model, names)
     state.active = names

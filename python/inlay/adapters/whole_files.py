@@ -14,6 +14,7 @@ from ..fingerprint import allowed, distances, fingerprint, stored_as, warn_if_of
 from ..methods import Method, stored_keys
 from ..nn.whole import keys_of, whole_tensors
 from ..pieces import Whole
+from ..sites import names_above
 from ..state import state_of
 from ..targets import suffix_match
 from ..task_head import task_head
@@ -41,9 +42,7 @@ def take_whole(tensors: dict[str, Tensor], config: Mapping[str, Any], method: Me
 
 
 def _is_named(key: str, names: Sequence[str]) -> bool:
-    parts = key.split(".")
-    paths = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
-    return any(suffix_match(path, name) for path in paths for name in names)
+    return any(suffix_match(path, name) for path in names_above(key) for name in names)
 
 
 def with_paths(model: nn.Module, config: Mapping[str, Any], method: Method, whole: Mapping[str, Tensor]) -> Method:

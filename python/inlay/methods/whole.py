@@ -10,7 +10,7 @@ from torch import nn
 
 from ..bases.quantized import QuantizedWeight
 from ..pieces import Piece, Whole
-from ..sites import block_of, blocks_of
+from ..sites import block_of, blocks_of, names_above
 from ..targets import linears, matches_pattern, output_head_names, suffix_match
 from .base import Calibration, Method, Plan, check_one_of
 
@@ -106,18 +106,12 @@ def _named(keys: Sequence[str], entries: str | Sequence[str], option: str) -> se
     found: set[str] = set()
     for entry in [entries] if isinstance(entries, str) else entries:
         matches = matches_pattern if isinstance(entries, str) else lambda entry, path: suffix_match(path, entry)
-        hits = {key for key in keys if any(matches(entry, path) for path in _paths(key))}
+        hits = {key for key in keys if any(matches(entry, path) for path in names_above(key))}
         if not hits:
             leaves = sorted({part for key in keys for part in key.split(".") if not part.isdigit()})
             raise ValueError(f"{option}: {entry!r} names no tensor to train; names are made of {leaves}")
         found |= hits
     return found
-
-
-def _paths(key: str) -> list[str]:
-    """The names of a tensor and of the modules that it is in."""
-    parts = key.split(".")
-    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
 
 
 def in_layers(model: nn.Module, keys: list[str], layers: int | Sequence[int] | None) -> list[str]:

@@ -46,22 +46,12 @@ class Holder(_Module):
     def check_room(self, name: str, piece: Piece) -> None:
         """Raise ValueError if ``name`` is taken, or a second piece would share the base with one that owns it."""
         if name in self.deltas:
-            raise ValueError(f"adapter {name!r} exists already on this linear; choose another adapter_name")
+            raise ValueError(f"adapter {name!r} exists already on this module; choose another adapter_name")
         if self.deltas and (piece.owns_base or any(held.owns_base for held in self.pieces().values())):
             raise ValueError(
                 'wanted one adapter on a base tuned with update="in_place" or keep="exact", got a second; '
                 "use the additive forms where several adapters share a base"
             )
-
-    def check_together(self, names: Sequence[str]) -> None:
-        """Raise ValueError if the pieces of the adapters ``names`` cannot be active together."""
-        active = {name: held for name, held in self.pieces().items() if name in names}
-        for name, held in active.items():
-            if held.alone and len(active) > 1:
-                raise ValueError(
-                    f"a {type(held).__name__} ({name!r}) is active alone on its module, got {sorted(active)} on one; "
-                    "merge one of them and train the other on top, or set_adapter one at a time"
-                )
 
     def add_delta(self, name: str, piece: Piece) -> None:
         """Add ``piece`` as adapter ``name``; raises as :meth:`check_room` does."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..bases.quantized import QuantizedWeight
 from ..pieces import Whole
 from ..sharding import is_sharded, whole
+from ..sites import names_above
 from .head import DeferringHead
 from .holder import Holder
 from .mixed import Mixed, mix, unmix
@@ -58,9 +59,8 @@ class TrainedWhole(Mixed):
             return super().forward(*args, **kwargs)
         if self.inlay_kind == "embedding":
             return super().forward(*args, **kwargs).to(cast["weight"])  # the rows looked up, not the whole table
-        if self.inlay_kind == "linear" or (
-            self.inlay_kind == "head" and torch.compiler.is_compiling()
-        ):  # as the twin would compute it, in a form that torch.compile can follow
+        # As the twin would compute it, in a form that torch.compile can follow.
+        if self.inlay_kind == "linear" or (self.inlay_kind == "head" and torch.compiler.is_compiling()):
             weight, bias = (_cast(self, cast, name) for name in ("weight", "bias"))
             return nn.functional.linear(args[0] if args else kwargs["input"], weight, bias)
         twin = copy.copy(self)
@@ -116,15 +116,14 @@ def owners(model: nn.Module) -> Iterator[tuple[str, TrainedWhole, str, WholeTens
                 yield f"{path}.{name}" if path else name, module, name, held
 
 
-def whole_tensors(model: nn.Module, adapter: str, fresh: bool = False) -> dict[str, Tensor]:
-    """What ``adapter`` trains whole, by state-dict key, as it is now; a tied tensor under every key it has.
-
-    ``fresh``: also what a schedule may choose and has not yet, which is the base's.
+def whole_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """What ``adapter`` trains whole, by state-dict key, as it is now; a tied tensor under every key it has. Not what a
+    schedule may choose and has not yet, which is the base's.
     """
     return {
         key: _get(module, name) if held.active == adapter else held.copies[adapter]
         for key, module, name, held in owners(model)
-        if adapter in held.copies and (fresh or adapter not in held.fresh)
+        if adapter in held.copies and adapter not in held.fresh
     }
 
 
@@ -159,16 +158,10 @@ def keys_of(model: nn.Module, names: Iterable[str]) -> list[str]:
             key = f"{path}.{name}" if path else name
             if _maybe(module, name) is None or name in module._non_persistent_buffers_set:
                 continue
-            if not wanted.isdisjoint(_names_above(key)):
+            if not wanted.isdisjoint(names_above(key)):
                 _check_trainable(path, module, name)
                 keys.append(key)
     return keys
-
-
-def _names_above(key: str) -> list[str]:
-    """A key, and the names of the modules that it is in."""
-    parts = key.split(".")
-    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
 
 
 def _check_trainable(path: str, module: nn.Module, name: str) -> None:

@@ -39,8 +39,6 @@ class Piece(nn.Module, ABC):
     Attributes:
         in_place: True if the piece writes its values into the base weight.
         owns_base: True if the piece changes what the base holds; it must be the only one on its base.
-        alone: True if it cannot be active together with another piece on the same module: what they would compute
-            depends on an order that merging could not keep.
         needs_quantized_base: True if it means nothing on a dense base.
         needs_dense_base: True if it means nothing on a quantized base.
         stored: what an adapter file stores, key in the file to attribute, in the order it is written.
@@ -49,7 +47,6 @@ class Piece(nn.Module, ABC):
     stored: ClassVar[dict[str, str]] = {}
     in_place: bool = False
     owns_base: bool = False
-    alone: bool = False
     needs_quantized_base: bool = False
     needs_dense_base: bool = False
 
