@@ -20,7 +20,7 @@ from .nn.partial import install_partial_backprop, remove_partial_backprop
 from .nn.tuned_linear import TunedLinear
 from .nn.tuned_output import TunedOutput, release
 from .nn.whole import active_whole, begin, owners, remove_whole, restore_whole, switch_whole, train_whole
-from .schedules import SCHEDULES
+from .schedules import SCHEDULES, active_schedules
 from .sharding import is_sharded
 from .ties import is_tied
 
@@ -119,6 +119,8 @@ def activate(model: nn.Module, names: Sequence[str]) -> None:
         module.activate(names)
         for name, piece in module.pieces().items():
             piece.requires_grad_(name in names)
+    for schedule in active_schedules(model).values():
+        schedule.wake()
     install_partial_backprop(model)
     keep_from_ddp(model)
 

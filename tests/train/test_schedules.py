@@ -130,3 +130,34 @@ def test_switching_adapters_changes_schedules():
     model(**text_batch(0)).loss.backward()
     inside = {name.split(".")[2] for name, p in model.named_parameters() if p.requires_grad and ".layers." in name}
     assert len(inside) == 1
+
+
+def test_a_schedule_chooses_again_when_its_adapter_comes_back():
+    """set_adapter makes all of an adapter trainable; the schedule narrows that down, also the second time."""
+    model = inlay.tune(llama(num_hidden_layers=4), inlay.LISA(layers=1, every=5, embeddings=False)).train()
+    inlay.tune(model, inlay.HFT(), adapter_name="other").train()
+    seen = []
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        model(**text_batch(0)).loss.backward()
+        seen.append({key for key, p in model.named_parameters() if p.requires_grad})
+    assert seen[0] == seen[2] != seen[1]
+    assert len({key.split(".")[2] for key in seen[0]}) == 1
+
+
+@pytest.mark.parametrize("method", [inlay.LISA(layers=1, every=1), inlay.LoFiT(stage="gates")], ids=["lisa", "gates"])
+def test_what_is_loaded_not_to_train_stays_frozen(method, tmp_path):
+    model = inlay.tune(llama(), method).train()
+    optimizer = inlay.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model(**text_batch(0)).loss.backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path / "first")
+    loaded = inlay.load(llama(), tmp_path / "first", trainable=False).train()
+    loaded(**text_batch(0))
+    assert not any(p.requires_grad for p in loaded.parameters())
+    loaded.save_pretrained(tmp_path / "second")  # the point of its schedule with it
+    again = inlay.load(llama(), tmp_path / "second").train()
+    assert int(again.inlay_schedules["default"].steps) == 1
+    loaded.set_adapter("default")
+    loaded(**text_batch(0))
+    assert any(p.requires_grad for p in loaded.parameters())

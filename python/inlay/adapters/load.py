@@ -15,7 +15,7 @@ from ..install import DEFAULT_ADAPTER, adopt_bitsandbytes, check_base_fits, chec
 from ..methods import METHODS, Method, stored_keys
 from ..nn.tuned_linear import TunedLinear
 from ..nn.whole import check_whole, train_whole, whole_tensors
-from ..schedules import SCHEDULES
+from ..schedules import SCHEDULES, active_schedules
 from ..state import pieces_of, require_state, sample_of, sample_weights, state_of, tuned_modules
 from .base_tables import put_tables, take_tables
 from .files import CONFIG_NAME, FORMAT_VERSION, KEY_PREFIX, SCHEDULE, WEIGHTS_NAME, read_json, read_tensors
@@ -111,6 +111,8 @@ def load_onto(
         train_whole(model, ())
         for piece in pieces.values():
             piece.requires_grad_(False)
+        for schedule in active_schedules(model).values():
+            schedule.frozen = True
     return model
 
 

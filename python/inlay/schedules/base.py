@@ -75,6 +75,7 @@ class Schedule(nn.Module):
         super().__init__()
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.applied: frozenset[str] | None = None
+        self.frozen = False  # of an adapter that was loaded not to train
         self.seen: dict[str, Any] = {}
 
     @property
@@ -94,10 +95,16 @@ class Schedule(nn.Module):
 
     def apply(self, run: Run) -> None:
         """Make the model train what :meth:`chosen` says, if it does not yet."""
+        if self.frozen:
+            return
         chosen = frozenset(self.chosen(run))
         if chosen != self.applied:
             run.switch(chosen)
             self.applied = chosen
+
+    def wake(self) -> None:
+        """What trains has been set by somebody else (``set_adapter``): choose again at the next forward."""
+        self.applied, self.frozen = None, False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "applied": None, "seen": {}}  # a copy begins by looking at its own model
