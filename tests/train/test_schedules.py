@@ -145,6 +145,19 @@ def test_a_schedule_chooses_again_when_its_adapter_comes_back():
     assert len({key.split(".")[2] for key in seen[0]}) == 1
 
 
+def test_a_schedule_that_is_off_counts_no_steps():
+    model = inlay.tune(llama(), inlay.LoFiT(stage="gates", l1_lambda=0.1)).train()
+    inlay.tune(model, inlay.LoFiT(stage="gates"), adapter_name="other").train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    for name, steps in (("default", 2), ("other", 3)):
+        model.set_adapter(name)
+        for seed in range(steps):
+            optimizer.zero_grad()
+            model(**text_batch(seed)).loss.backward()
+            optimizer.step()
+    assert [int(model.inlay_schedules[name].steps) for name in ("default", "other")] == [2, 3]
+
+
 @pytest.mark.parametrize("method", [inlay.LISA(layers=1, every=1), inlay.LoFiT(stage="gates")], ids=["lisa", "gates"])
 def test_what_is_loaded_not_to_train_stays_frozen(method, tmp_path):
     model = inlay.tune(llama(), method).train()

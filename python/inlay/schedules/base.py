@@ -183,7 +183,7 @@ def _runs(optimizer: Optimizer) -> list[tuple[Schedule, Run]]:
     found = []
     for schedule in list(_live):
         model = schedule.seen["model"]() if "model" in schedule.seen else None
-        if model is None or schedule not in model._modules.get(SCHEDULES, nn.ModuleDict()).values():
+        if model is None or not any(schedule is active for active in active_schedules(model).values()):
             continue
         run = Run(model, schedule.seen["adapter"], optimizer)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
