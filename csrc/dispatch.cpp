@@ -74,6 +74,7 @@ constexpr KernelTable kAvx512Bf16 = [] {
   table.isa = "avx512_bf16";
   table.attention_forward = &avx512_bf16::attention_forward;
   table.attention_backward = &avx512_bf16::attention_backward;
+  table.matmul_sum = &avx512_bf16::matmul_sum;
   return table;
 }();
 

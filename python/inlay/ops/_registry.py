@@ -37,6 +37,11 @@ def _forced_from_environment() -> str | None:
 _forced = _forced_from_environment()
 
 
+def forced() -> str | None:
+    """The path that every raw op is held to: "reference", "native", or None."""
+    return _forced
+
+
 @contextlib.contextmanager
 def force_path(path: str | None) -> Iterator[None]:
     """Run every raw op on its "reference" or its "native" path (None: choose) inside this context."""

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from inlay.ops._registry import apply, autocast_dtype, fail, without_autocast, without_views
 from inlay.ops.base_products import DenseBase, DenseBaseT
+from inlay.ops.matmul_sum import packs
 
 
 def trains(tensors: Sequence[Tensor | None]) -> bool:
@@ -49,12 +50,18 @@ class _BaseLinear(Function):
         return (dx, None, *[None] * len(tensors))
 
 
+def _one_dtype(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
+    return x.dtype == autocast_dtype(x) and all(t is None or t.dtype == x.dtype for t in tensors)
+
+
 def base_linear(x: Tensor, base: Any, *tensors: Tensor | None) -> Tensor:
     """``base(x)`` for ``x [..., in]`` -> ``[..., out]``, differentiable in ``x``, a dense weight and the bias.
 
     Raises:
         TypeError: a scale of a packed weight requires a gradient.
     """
+    if base in (DenseBase, DenseBaseT) and packs(x) and not trains(tensors) and _one_dtype(x, tensors):
+        return apply(_BaseLinear, x, base, *tensors)
     if base is DenseBase:  # torch's own node is the cheapest, and frozen operands keep nothing
         return functional.linear(x, *tensors)
     if base is DenseBaseT:

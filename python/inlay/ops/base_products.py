@@ -8,6 +8,7 @@ forward_plus(x, left, right, *tensors)          optional: base(x) + left·right�
 backward_input_plus(dy, left, right, *tensors)  optional: dy · W + left·right, rounded once
 stack_of(bases, x) -> stack, or None            optional: linears of one input as one product, see `Stack`
 forward_lora(x, A, B, s, *tensors) optional: base(x) + s·(x·Aᵀ)·Bᵀ in one op, or None where there is none
+terms(dy, *tensors) -> [(left, right)]          optional: dy · W as products of matrices, to sum with others
 out_in(*tensors) -> weight         optional: the weight as an [out, in] view, for the in-place form
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from inlay.ops._registry import as_rows
+from inlay.ops.matmul_sum import matmul_sum, packs
 
 
 class BaseProducts(Protocol):
@@ -51,7 +53,8 @@ class Stack(Protocol):
 #
 # left·rightᵀ is a low-rank branch or chosen channels: left [M, r], right [N, r], of x's dtype. Added to a finished
 # product it would be rounded twice. On a GPU the narrow product comes first and the wide one is summed onto it in fp32:
-# as many bytes (y is written, read and written again), one rounding. CPUs keep the ways they were measured with.
+# as many bytes (y is written, read and written again), one rounding. A CPU that multiplies pairs of bf16 runs both in
+# one contraction (matmul_sum.py); other CPUs keep the ways they were measured with.
 
 
 def wide_sums(x: Tensor) -> bool:
@@ -61,7 +64,7 @@ def wide_sums(x: Tensor) -> bool:
 
 def sums_at_once(base: Any, x: Tensor) -> bool:
     """True where :func:`forward_plus` and :func:`backward_input_plus` are one sum with one rounding."""
-    return wide_sums(x) and hasattr(base, "forward_plus")
+    return (wide_sums(x) or packs(x)) and hasattr(base, "forward_plus")
 
 
 def forward_plus(base: Any, x: Tensor, left: Tensor, right: Tensor, tensors: tuple) -> Tensor:
@@ -83,9 +86,19 @@ def backward_input_plus(base: Any, dy: Tensor, left: Tensor, right: Tensor, tens
 
 
 def product_onto(left: Tensor, right_t: Tensor, x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
-    """left·right_t + x·weight_t (+ bias), [..., out]: the narrow product first, the wide one summed onto it."""
+    """left·right_t + x·weight_t (+ bias), [..., out]: in one sum, or the narrow product first and the wide one onto it."""
+    if packs(x):
+        return matmul_sum([x, left], [weight_t, right_t], bias)
     y = left.mm(right_t) if bias is None else torch.addmm(bias, left, right_t)
     return y.addmm_(as_rows(x), weight_t).view(*x.shape[:-1], y.shape[1])
+
+
+def _forward(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
+    return matmul_sum([x], [weight_t], bias) if packs(x) else functional.linear(x, weight_t.t(), bias)
+
+
+def _backward_input(dy: Tensor, weight: Tensor) -> Tensor:
+    return matmul_sum([dy], [weight]) if packs(dy) else dy.matmul(weight)
 
 
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -99,11 +112,15 @@ class DenseBase:
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return functional.linear(x, weight, bias)
+        return _forward(x, weight.t(), bias)
 
     @staticmethod
     def backward_input(dy: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return dy.matmul(weight)
+        return _backward_input(dy, weight)
+
+    @staticmethod
+    def terms(dy: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+        return [(dy, weight)]
 
     @staticmethod
     def add_backward_input(dx: Tensor, dy: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -131,11 +148,15 @@ class DenseBaseT:
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return functional.linear(x, weight.t(), bias)
+        return _forward(x, weight, bias)
 
     @staticmethod
     def backward_input(dy: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return dy.matmul(weight.t())
+        return _backward_input(dy, weight.t())
+
+    @staticmethod
+    def terms(dy: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+        return [(dy, weight.t())]
 
     @staticmethod
     def add_backward_input(dx: Tensor, dy: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:

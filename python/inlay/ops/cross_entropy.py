@@ -33,6 +33,7 @@ from inlay.ops._registry import (
     without_autocast,
     without_views,
 )
+from inlay.ops.matmul_sum import mm, mm_into
 from inlay.ops.submatrix import submatrix_grad_into_
 
 # Rows of logits alive at a time. Measured at 1,024 x 49,152 x 576 bf16 on 2 AMX cores, forward + backward: 128 rows
@@ -127,9 +128,9 @@ class _Sums:
     def add(self, rows: Tensor | slice, chunk: Tensor, d_logits: Tensor, weight: Tensor) -> None:
         if self.hidden is not None:
             if isinstance(rows, slice):
-                torch.mm(d_logits, weight, out=self.hidden[rows])
+                mm_into(self.hidden[rows], d_logits, weight)
             else:
-                self.hidden.index_copy_(0, rows, d_logits.mm(weight))
+                self.hidden.index_copy_(0, rows, mm(d_logits, weight))
         if self.weight is not None:
             self.weight.add(d_logits, chunk)
         if self.bias is not None:
@@ -169,7 +170,7 @@ def _in_chunks(
         picked = slice(start, min(start + chunk, rows.numel())) if all_rows else rows[start : start + chunk]
         part = hidden[picked]
         logits = buffer[: part.shape[0]]
-        torch.mm(part, weight.t(), out=logits)
+        mm_into(logits, part, weight.t())
         if bias is not None:
             logits += bias.to(hidden.dtype)
         sums.loss += cross_entropy_chunk_(logits, labels[picked], scale, any(needs)).sum()

@@ -32,6 +32,7 @@ from inlay.ops._registry import (
 )
 from inlay.ops.base_linear import base_linear, trains
 from inlay.ops.base_products import backward_input_plus, forward_plus
+from inlay.ops.matmul_sum import mm
 from inlay.ops.submatrix import processors_of, submatrix_grad
 from inlay.ops.submatrix_linear import cast_for_autocast
 from inlay.ops.swiglu import swiglu, swiglu_backward, swiglu_forward
@@ -91,7 +92,7 @@ def _forward(
         y = base.forward(x, *tensors)
         lora_add_(y, xl, a, b, scale)
         return y, None
-    xa = as_rows(xl).mm(a.to(xl.dtype).t())
+    xa = mm(as_rows(xl), a.to(xl.dtype).t())
     return forward_plus(base, x, xa, (b * scale).to(xl.dtype), tensors), xa
 
 
@@ -132,7 +133,7 @@ def _one_pass_native(dy: Tensor, xa: Tensor, sb: Tensor) -> tuple[Tensor, Tensor
     if pays and dy.numel() * dy.element_size() >= ONE_PASS_BYTES:
         dyb, db = one_pass(dy, xa, sb, processors_of(dy.device))
         return dyb.to(dy.dtype), db
-    return dy.mm(sb), submatrix_grad(dy, xa)
+    return mm(dy, sb), submatrix_grad(dy, xa)
 
 
 def _one_pass_fake(dy: Tensor, xa: Tensor, sb: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,7 +183,7 @@ class _LoRALinear(Function):
         da, db, dyb = _gradients(dy, xl, xa, a, b, ctx.scale)
         dx = ddropped = None
         if ctx.needs_input_grad[1]:
-            ddropped = dyb.mm(a.to(dyb.dtype)).view(xl.shape)
+            ddropped = mm(dyb, a.to(dyb.dtype)).view(xl.shape)
             dx = ctx.base.backward_input(dy, *tensors) if ctx.needs_input_grad[0] else None
         elif ctx.needs_input_grad[0]:
             dx = backward_input_plus(ctx.base, dy, dyb, a.to(dyb.dtype), tensors)

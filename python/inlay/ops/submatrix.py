@@ -23,6 +23,7 @@ from inlay.ops._registry import (
     raw_op,
     writable_rows,
 )
+from inlay.ops.matmul_sum import matmul_sum_, packs
 
 
 def _check_acc(op: str, acc: Tensor, like: Tensor, width: int) -> None:
@@ -215,10 +216,26 @@ def _grad_native(dy: Tensor, x_sel: Tensor) -> Tensor:
     left, right = as_rows(dy), as_rows(x_sel)
     if left.is_cuda and left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16):
         return _grad_on_cuda(left, right)
+    if packs(left.t()) and right.dtype == left.dtype and right.numel():
+        return _packed_grad(left, right)
     if not _runs_on_amx(left, right):
         return _grad_reference(dy, x_sel)
     out = torch.empty(left.shape[1], right.shape[1], dtype=torch.float32)
     _grad_on_amx(out, left, right, False)
+    return out
+
+
+#: Columns of the narrow operand up to which its rows are the strips of the product.
+_NARROW = 128
+
+
+def _packed_grad(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ·right [N, s] in fp32, where products are packed."""
+    out = torch.empty(left.shape[1], right.shape[1], dtype=torch.float32)
+    if right.shape[1] <= min(_NARROW, left.shape[1]):
+        matmul_sum_(out.t(), [right.t()], [left], None, False)
+    else:
+        matmul_sum_(out, [left.t()], [right], None, False)
     return out
 
 

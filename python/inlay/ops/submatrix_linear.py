@@ -8,8 +8,9 @@ S²FT (Yang et al., 2024, arXiv:2412.06289) trains ΔW[:, I] or ΔW[O, :] of a f
                dV = dy[..., O]ᵀ·x      dx = base dx + dy[..., O]·V
 
 Sums are fp32 and rounded once. The products are torch.mm; raw ops (submatrix.py) do the rest. V takes part in fp32 on a
-CPU, and rounded to x's 16 bits on a GPU, whose tensor cores take nothing wider (an H200 does 12 times as many products
-of 16 bits as of fp32). V itself stays fp32, and is small beside W, which has 16 bits, too.
+CPU (as two numbers of bf16 where that has products of bf16 pairs), and rounded to x's 16 bits on a GPU, whose tensor
+cores take nothing wider (an H200 does 12 times as many products of 16 bits as of fp32). V itself stays fp32, and is
+small beside W, which has 16 bits, too.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from inlay.ops._registry import (
 )
 from inlay.ops.base_linear import base_linear, trains
 from inlay.ops.base_products import DenseBase, DenseBaseT, sums_at_once
+from inlay.ops.matmul_sum import matmul_sum, packs
 from inlay.ops.submatrix import (
     submatrix_add,
     submatrix_add_,
@@ -71,11 +73,18 @@ def _check(op: str, x: Tensor, values: Tensor, indices: Tensor, side: str) -> No
 def _product(x: Tensor, values_t: Tensor) -> Tensor:
     """x [..., a] in any float dtype times fp32 [a, b] -> fp32 [..., b]."""
     rows = as_rows(x)
+    if packs(rows):
+        return matmul_sum([x], [values_t], dtype=values_t.dtype)
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
         out = torch.mm(rows, values_t.to(x.dtype), out_dtype=values_t.dtype)
     else:
         out = rows.to(values_t.dtype).mm(values_t)
     return out.view(*x.shape[:-1], values_t.shape[1])
+
+
+def _beside(x: Tensor, values: Tensor) -> Tensor:
+    """`values` as they take part in a sum with products of x: a CPU's kernel takes fp32."""
+    return values if packs(x) else values.to(x.dtype)
 
 
 def forward_with_delta(
@@ -84,7 +93,7 @@ def forward_with_delta(
     """base(x) + x·ΔWᵀ, and what the gradient of `values` needs of x."""
     if side == "in" and sums_at_once(base, x):
         kept = submatrix_gather(x, indices, x.dtype)
-        return base.forward_plus(x, as_rows(kept), values.to(x.dtype), *tensors), kept
+        return base.forward_plus(x, as_rows(kept), _beside(x, values), *tensors), kept
     y = base.forward(x, *tensors)
     return y, add_forward(y, x, values, indices, side)
 
@@ -94,7 +103,7 @@ def backward_input_with_delta(
 ) -> Tensor:
     """dy·(W + ΔW); delta_dy: see `delta_grad`."""
     if side == "out" and sums_at_once(base, dy):
-        return base.backward_input_plus(dy, as_rows(delta_dy), values.to(dy.dtype), *tensors)
+        return base.backward_input_plus(dy, as_rows(delta_dy), _beside(dy, values), *tensors)
     dx = base.backward_input(dy, *tensors)
     add_backward_input(dx, delta_dy, values, indices, side)
     return dx
