@@ -75,6 +75,7 @@ constexpr KernelTable kAvx512Bf16 = [] {
   table.attention_forward = &avx512_bf16::attention_forward;
   table.attention_backward = &avx512_bf16::attention_backward;
   table.matmul_sum = &avx512_bf16::matmul_sum;
+  table.int8_matmul_sum = &avx512_bf16::int8_matmul_sum;
   return table;
 }();
 
@@ -134,7 +135,8 @@ struct CpuFeatures {
     avx512 = avx2 && (saved & kZmm) == kZmm && (b & kAvx512) == kAvx512;
     amx = avx512 && (saved & kTiles) == kTiles && (d & kAmx) == kAmx && may_use_tiles();
     constexpr unsigned kBf16 = 1u << 5;  // of another leaf; every CPU with tiles has it
-    avx512_bf16 = avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kBf16);
+    const bool vnni = c & (1u << 11);    // every CPU with those pairs has it, and products of bytes want it
+    avx512_bf16 = avx512 && vnni && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kBf16);
     amx = amx && avx512_bf16;
   }
 };

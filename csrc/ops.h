@@ -36,11 +36,18 @@ INLAY_OP(submatrix_write, (const TensorView& weight, const TensorView& indices, 
 INLAY_OP(submatrix_grad, (const TensorView& out, const TensorView& dy, const TensorView& x, bool add))
 
 // out = round(Σ_i lefts[i]·rights[i] + bias), add: out is one more summand. Isa avx512_bf16 only
-// out f32 or bf16 [M, N], any strides; lefts[i] bf16 [M, K_i] and rights[i] bf16 or f32 [K_i, N], K_i ≥ 1, 1 to 16 of
-// each, unit stride along either dimension; bias [N] of out's dtype, or None. An f32 right takes part as hi + lo, two
-// of bf16: 16 bits of its 24. Subnormal numbers count as 0
+// out f32 or bf16 [M, N], any strides; lefts[i] bf16 [M, K_i] and rights[i] bf16 or f32 [K_i, N], K_i ≥ 1, 1
+// to 16 of each, unit stride along either dimension; bias [N] of out's dtype, or None. An f32 right takes
+// part as hi + lo, two of bf16: 16 bits of its 24. Subnormal numbers count as 0
 INLAY_CPU_OP(matmul_sum, (const TensorView& out, const TensorList& lefts, const TensorList& rights,
                           const TensorView& bias, bool add))
+
+// The same of operands in 8 bits: lefts[i] ≈ s[m]·a and rights[i] ≈ t[n]·b with a, b whole in ±127, s[m] the
+// largest magnitude of row m over 127, t[n] that of column n, or 1 where all is 0; a = nearest(x·(1/s)), ties
+// to even, b likewise. Σ a·b is exact, Σ_i s·t·Σ a·b in fp32. Isa avx512_bf16 only lefts[i] and rights[i]
+// bf16, lefts[i] with unit stride along the contraction, K_i ≤ 65536
+INLAY_CPU_OP(int8_matmul_sum, (const TensorView& out, const TensorList& lefts, const TensorList& rights,
+                               const TensorView& bias, bool add))
 
 // out = act(gate)·up                                    float [M, K]; act 0 silu, 1 gelu tanh, 2 gelu erf
 INLAY_OP(swiglu_forward, (const TensorView& out, const TensorView& gate, const TensorView& up, int64_t act))

@@ -1,5 +1,5 @@
-// Operands of a product as pairs of bf16 along its contraction: row p of a panel holds, for each of its columns j, the
-// numbers 2p and 2p + 1 of column j, as vdpbf16ps takes them.
+// Operands of a product as pairs of bf16 along its contraction: row p of a panel holds, for each of its
+// columns j, the numbers 2p and 2p + 1 of column j, as vdpbf16ps takes them.
 #pragma once
 
 #include "cpu/kernel.h"
@@ -16,21 +16,25 @@ inline __m512bh as_pairs(__m512i bits) { return reinterpret_cast<__m512bh>(bits)
 inline __m512i as_bits(__m512bh pairs) { return reinterpret_cast<__m512i>(pairs); }
 inline __mmask32 first_words(int64_t n) { return n >= 32 ? ~0u : (1u << n) - 1; }
 
-// Rows of a weight lie too far apart for the hardware to fetch the next ones itself: how far ahead they are asked for,
-// in numbers of a row (four cache lines) and in rows.
+// Rows of a weight lie too far apart for the hardware to fetch the next ones itself: how far ahead they are
+// asked for, in numbers of a row (four cache lines) and in rows.
 constexpr int64_t kAheadAlong = 128, kAheadAcross = 24;
 
-// What an operand is stored in: load(r, c, n) is n ≤ 32 neighbours of a stored row, as bf16, and zeros behind them.
+// What an operand is stored in: load(r, c, n) is n ≤ 32 neighbours of a stored row, as bf16, and zeros behind
+// them.
 struct Words16 {
   const uint16_t* data;
   int64_t stride;
   __m512i load(int64_t r, int64_t c, int64_t n) const {
     return _mm512_maskz_loadu_epi16(first_words(n), data + r * stride + c);
   }
-  void fetch(int64_t r, int64_t c) const { _mm_prefetch(reinterpret_cast<const char*>(data + r * stride + c), _MM_HINT_T0); }
+  void fetch(int64_t r, int64_t c) const {
+    _mm_prefetch(reinterpret_cast<const char*>(data + r * stride + c), _MM_HINT_T0);
+  }
 };
 
-// An fp32 operand takes part as two of bf16, hi + lo: 16 bits of its 24, where what it is summed into keeps 8.
+// An fp32 operand takes part as two of bf16, hi + lo: 16 bits of its 24, where what it is summed into
+// keeps 8.
 struct Halves {
   const float* data;
   int64_t stride;
@@ -81,10 +85,12 @@ inline void transpose(__m512i (&rows)[16]) {
   }
 }
 
-// Numbers [k, k + depth) of columns [j, j + width) of an operand whose stored rows are its columns (W of y = x·Wᵀ), into
-// `out`, whose rows are `ld` words apart. Zeros fill what `width` leaves of 16 columns, and an odd depth's last pair.
+// Numbers [k, k + depth) of columns [j, j + width) of an operand whose stored rows are its columns (W of y =
+// x·Wᵀ), into `out`, whose rows are `ld` words apart. Zeros fill what `width` leaves of 16 columns, and an
+// odd depth's last pair.
 template <class Source>
-void pack_along(uint32_t* out, int64_t ld, const Source& source, int64_t j, int64_t width, int64_t k, int64_t depth) {
+void pack_along(uint32_t* out, int64_t ld, const Source& source, int64_t j, int64_t width, int64_t k,
+                int64_t depth) {
   for (int64_t c = 0; c < width; c += 16) {
     for (int64_t d = 0; d < depth; d += 32) {
       const int64_t count = depth - d < 32 ? depth - d : 32;
@@ -105,7 +111,8 @@ void pack_along(uint32_t* out, int64_t ld, const Source& source, int64_t j, int6
 
 // The same of an operand whose stored rows run across its columns (W of dx = dy·W).
 template <class Source>
-void pack_across(uint32_t* out, int64_t ld, const Source& source, int64_t j, int64_t width, int64_t k, int64_t depth) {
+void pack_across(uint32_t* out, int64_t ld, const Source& source, int64_t j, int64_t width, int64_t k,
+                 int64_t depth) {
   alignas(64) uint16_t order[2][32];
   for (int i = 0; i < 32; ++i) {
     order[0][i] = uint16_t(i / 2 + i % 2 * 32);  // number i / 2 of the one row, or of the other

@@ -4,8 +4,9 @@
 //   panel   32 columns of the right operands, packed (panels.h)
 //   group   panels that fit in L2 together: packed once, used by every strip
 //
-// Packing costs some 10 instructions for 32 numbers that M rows multiply by, so nothing packed outlives a call. A sum
-// runs over its whole contraction in one order, whatever the sizes of strips and groups and the number of threads.
+// Packing costs some 10 instructions for 32 numbers that M rows multiply by, so nothing packed outlives a
+// call. A sum runs over its whole contraction in one order, whatever the sizes of strips and groups and the
+// number of threads.
 #pragma once
 
 #include "cpu/panels.h"
@@ -59,7 +60,8 @@ struct Operands {
   }
   int64_t depth() const { return start[count]; }
 
-  // f(i, k, depth, place): the part of operand i that lies in [from, to) of the contraction, `place` behind `from`
+  // f(i, k, depth, place): the part of operand i that lies in [from, to) of the contraction, `place` behind
+  // `from`
   template <class F>
   void for_parts(int64_t from, int64_t to, F&& f) const {
     for (int i = 0; i < count; ++i) {
@@ -90,8 +92,8 @@ void tile(float* to, int64_t ld, bool add, Strip strip, const uint32_t* panel, i
     sums[r][0] = add ? _mm512_loadu_ps(to + r * ld) : _mm512_setzero_ps();
     sums[r][1] = Wide && add ? _mm512_loadu_ps(to + r * ld + 16) : _mm512_setzero_ps();
   }
-  const uint16_t *third = strip.data + 3 * strip.row, *sixth = third + 3 * strip.row, *ninth = sixth + 3 * strip.row,
-                 *twelfth = ninth + 3 * strip.row;
+  const uint16_t *third = strip.data + 3 * strip.row, *sixth = third + 3 * strip.row,
+                 *ninth = sixth + 3 * strip.row, *twelfth = ninth + 3 * strip.row;
   for (int64_t p = 0; p < pairs; ++p, panel += kPanel) {
     const __m512i one = _mm512_load_si512(panel), two = _mm512_load_si512(panel + 16);
 #pragma GCC unroll 14
@@ -118,20 +120,23 @@ void tile(float* to, int64_t ld, bool add, Strip strip, const uint32_t* panel, i
 }
 
 template <int Rows = kStrip>
-void tile_of(int rows, bool wide, float* to, int64_t ld, bool add, Strip strip, const uint32_t* panel, int64_t pairs) {
+void tile_of(int rows, bool wide, float* to, int64_t ld, bool add, Strip strip, const uint32_t* panel,
+             int64_t pairs) {
   if constexpr (Rows > 1) {
     if (rows < Rows) return tile_of<Rows - 1>(rows, wide, to, ld, add, strip, panel, pairs);
   }
   (wide ? tile<Rows, true> : tile<Rows, false>)(to, ld, add, strip, panel, pairs);
 }
 
-// Numbers from row to row of a copied strip: an odd number of cache lines, so that 14 rows meet in no set of a cache.
-// Where rows lie 18 lines apart, as those of 576 numbers do, products run at nine tenths of their speed.
+// Numbers from row to row of a copied strip: an odd number of cache lines, so that 14 rows meet in no set of
+// a cache. Where rows lie 18 lines apart, as those of 576 numbers do, products run at nine tenths of their
+// speed.
 inline int64_t odd_lines(int64_t numbers) { return (numbers + 31) / 64 * 64 + 32; }
 
 inline void copy_words(uint16_t* to, const uint16_t* from, int64_t count) {
   for (int64_t i = 0; i < count; i += 32)
-    _mm512_mask_storeu_epi16(to + i, first_words(count - i), _mm512_maskz_loadu_epi16(first_words(count - i), from + i));
+    _mm512_mask_storeu_epi16(to + i, first_words(count - i),
+                             _mm512_maskz_loadu_epi16(first_words(count - i), from + i));
 }
 
 // Rows of left operands in [from, to) of the contraction: where they lie, or copied together into `room`.
@@ -146,7 +151,8 @@ inline Strip strip_of(const Operands& all, int64_t m, int rows, int64_t from, in
   all.for_parts(from, to, [&](int i, int64_t k, int64_t depth, int64_t place) {
     for (int r = 0; r < rows; ++r) {
       uint16_t* row = room + r * ld + place;
-      copy_words(row, static_cast<const uint16_t*>(all.left[i].data) + (m + r) * all.left[i].stride + k, depth);
+      copy_words(row, static_cast<const uint16_t*>(all.left[i].data) + (m + r) * all.left[i].stride + k,
+                 depth);
       if (depth % 2) row[depth] = 0;
     }
   });
@@ -165,8 +171,8 @@ struct Steps {
       : count((size + most - 1) / most), length(((size + count - 1) / count + 1) / 2 * 2) {}
 };
 
-// What a thread works with: packed panels, room for a strip, and sums of all columns of a group, of one strip or, where
-// the contraction is packed in several stretches, of all.
+// What a thread works with: packed panels, room for a strip, and sums of all columns of a group, of one strip
+// or, where the contraction is packed in several stretches, of all.
 struct Workspace {
   const Steps stretches;
   const int64_t group, ld;
@@ -184,53 +190,41 @@ struct Workspace {
   }
 };
 
-// Asks for part p of `count` of the rows from m on, which the next strip reads: they come from far while this one works.
-inline void fetch_rows(const Operands& all, int64_t m, int64_t rows, int64_t p, int64_t count) {
-  for (int i = 0; i < all.count; ++i) {
-    const Operand& left = all.left[i];
-    if (!left.along || (i && left.data == all.left[i - 1].data)) continue;
-    const int64_t lines = (left.depth * 2 + 63) / 64, begin = lines * p / count, end = lines * (p + 1) / count;
-    for (int64_t r = 0; r < rows; ++r) {
-      const char* at = static_cast<const char*>(left.data) + (m + r) * left.stride * 2;
-      for (int64_t line = begin; line < end; ++line) _mm_prefetch(at + line * 64, _MM_HINT_T1);
-    }
-  }
-}
-
 inline int64_t width_of(const Rectangle& part, int64_t panel) {
   const int64_t rest = part.columns - panel * kPanel;
   return rest < kPanel ? rest : kPanel;
 }
 
 // Panels [g, g + count) of [from, to) of the contraction
-inline void pack_group(const Operands& all, const Rectangle& part, const Workspace& work, int64_t g, int64_t count,
-                       int64_t from, int64_t to) {
+inline void pack_group(const Operands& all, const Rectangle& part, const Workspace& work, int64_t g,
+                       int64_t count, int64_t from, int64_t to) {
   for (int64_t p = 0; p < count; ++p)
     all.for_parts(from, to, [&](int i, int64_t k, int64_t depth, int64_t place) {
-      all.right[i].pack(work.panel(p) + place / 2 * kPanel, kPanel, (g + p) * kPanel, width_of(part, g + p), k, depth);
+      all.right[i].pack(work.panel(p) + place / 2 * kPanel, kPanel, (g + p) * kPanel, width_of(part, g + p),
+                        k, depth);
     });
 }
 
-// One strip by the packed panels of a group; before(p) and store(p, sums) around the last product of each panel.
-template <class Before, class Store>
-void strip_by_group(const Rectangle& part, const Workspace& work, const Strip& strip, int rows, float* sums, bool add,
-                    int64_t g, int64_t count, int64_t pairs, Before&& before, Store&& store) {
+// One strip by the packed panels of a group; store(p, sums) where a panel's sums are whole.
+template <class Store>
+void strip_by_group(const Rectangle& part, const Workspace& work, const Strip& strip, int rows, float* sums,
+                    bool add, int64_t g, int64_t count, int64_t pairs, Store&& store) {
   const Steps steps(2 * pairs, kNear);
   for (int64_t near = 0; near < pairs; near += steps.length / 2) {
     const int64_t here = pairs - near < steps.length / 2 ? pairs - near : steps.length / 2;
     const Strip from{strip.data + near * strip.pair, strip.row, strip.pair};
     for (int64_t p = 0; p < count; ++p) {
       float* to = steps.count > 1 || work.stretches.count > 1 ? sums + p * kPanel : sums;
-      if (near + here == pairs) before(p);
-      tile_of(rows, width_of(part, g + p) > 16, to, work.ld, add || near, from, work.panel(p) + near * kPanel, here);
+      tile_of(rows, width_of(part, g + p) > 16, to, work.ld, add || near, from, work.panel(p) + near * kPanel,
+              here);
       if (near + here == pairs) store(p, to);
     }
   }
 }
 
 // store(m, rows, j, width, sums, ld) for each tile of the rectangle
-template <class Fetch, class Store>
-void product_of(const Operands& all, const Rectangle& part, Fetch&& fetch, Store&& store) {
+template <class Store>
+void product_of(const Operands& all, const Rectangle& part, Store&& store) {
   const int64_t depth = all.depth(), height = part.bottom - part.top, strips = (height + kStrip - 1) / kStrip;
   const Workspace work(depth, part.last - part.first, height);
   for (int64_t g = part.first; g < part.last; g += work.group) {
@@ -242,12 +236,9 @@ void product_of(const Operands& all, const Rectangle& part, Fetch&& fetch, Store
         const int64_t m = part.top + s * height / strips, next = part.top + (s + 1) * height / strips;
         float* sums = reinterpret_cast<float*>(work.sums.start);
         if (work.stretches.count > 1) sums += (m - part.top) * work.ld;
-        const Strip strip = strip_of(all, m, int(next - m), from, to, reinterpret_cast<uint16_t*>(work.room.start));
+        const Strip strip =
+            strip_of(all, m, int(next - m), from, to, reinterpret_cast<uint16_t*>(work.room.start));
         strip_by_group(part, work, strip, int(next - m), sums, from > 0, g, count, (to - from) / 2,
-                       [&](int64_t p) {
-                         fetch_rows(all, next, part.bottom - next < kStrip ? part.bottom - next : kStrip, p, count);
-                         if (to == depth) fetch(m, int(next - m), (g + p) * kPanel);
-                       },
                        [&](int64_t p, const float* whole) {
                          if (to == depth)
                            store(m, int(next - m), (g + p) * kPanel, width_of(part, g + p), whole, work.ld);
@@ -257,8 +248,8 @@ void product_of(const Operands& all, const Rectangle& part, Fetch&& fetch, Store
   }
 }
 
-// Threads by rows and by columns so that the largest share is the smallest; of equals the one with more columns, since
-// each panel is then packed by fewer threads.
+// Threads by rows and by columns so that the largest share is the smallest; of equals the one with more
+// columns, since each panel is then packed by fewer threads.
 struct Grid {
   int64_t down = 1, across = 1;
   Grid(int64_t threads, int64_t strips, int64_t panels) {
@@ -271,18 +262,18 @@ struct Grid {
   }
 };
 
-template <class Fetch, class Store>
-void product(const Operands& all, int64_t rows, int64_t columns, Fetch&& fetch, Store&& store) {
+// f(rectangle) for a share of the output for every thread; depth: numbers that each sum adds up
+template <class F>
+void in_rectangles(int64_t rows, int64_t columns, int64_t depth, F&& f) {
   if (!rows || !columns) return;
   const int64_t strips = (rows + kStrip - 1) / kStrip, panels = (columns + kPanel - 1) / kPanel;
-  const int64_t cost = rows * columns * (all.depth() + 32) / 32;
+  const int64_t cost = rows * columns * (depth + 32) / 32;
   const Grid grid(threads_for(strips * panels, cost), strips, panels);
   parallel_for(grid.down * grid.across, cost, [&](int64_t piece) {
     const int64_t d = piece / grid.across, a = piece % grid.across;
-    const Rectangle part{a * panels / grid.across, (a + 1) * panels / grid.across,
-                         d * strips / grid.down * kStrip,
-                         d + 1 == grid.down ? rows : (d + 1) * strips / grid.down * kStrip, columns};
-    product_of(all, part, fetch, store);
+    const int64_t top = d * strips / grid.down * kStrip, bottom = (d + 1) * strips / grid.down * kStrip;
+    f(Rectangle{a * panels / grid.across, (a + 1) * panels / grid.across, top, bottom < rows ? bottom : rows,
+                columns});
   });
 }
 

@@ -14,21 +14,19 @@ void check_operand(const char* op, const char* name, const TensorView& t, int64_
   if (!unit) fail(op, name, "unit stride along one dimension", t, "call .contiguous() first");
 }
 
-}  // namespace
-
-void matmul_sum(const TensorView& out, const TensorList& lefts, const TensorList& rights, const TensorView& bias,
-                bool add) {
-  constexpr const char* op = "matmul_sum";
+void check_sum(const char* op, const TensorView& out, const TensorList& lefts, const TensorList& rights,
+               const TensorView& bias, bool wide_rights) {
   if (lefts.size != rights.size || lefts.size < 1 || lefts.size > kMostOperands)
     throw std::invalid_argument("inlay." + std::string(op) + ": lefts, rights: wanted 1 to " +
-                                std::to_string(kMostOperands) + " operands each, got " + std::to_string(lefts.size) +
-                                " and " + std::to_string(rights.size) + "; pass them in pairs");
+                                std::to_string(kMostOperands) + " operands each, got " +
+                                std::to_string(lefts.size) + " and " + std::to_string(rights.size) +
+                                "; pass them in pairs");
   rows_of(op, "out", out);
   if (out.dtype != DType::f32) check_dtype(op, "out", out, DType::bf16);
   for (int64_t i = 0; i < lefts.size; ++i) {
     const TensorView &left = lefts.items[i], &right = rights.items[i];
     check_dtype(op, "lefts", left, DType::bf16);
-    if (right.dtype != DType::f32) check_dtype(op, "rights", right, DType::bf16);
+    if (!wide_rights || right.dtype != DType::f32) check_dtype(op, "rights", right, DType::bf16);
     rows_of(op, "lefts", left);
     if (left.shape[1] < 1) fail(op, "lefts", "one column or more", left, "leave out what is empty");
     check_operand(op, "lefts", left, out.shape[0], left.shape[1]);
@@ -38,7 +36,29 @@ void matmul_sum(const TensorView& out, const TensorList& lefts, const TensorList
     check_dtype(op, "bias", bias, out.dtype);
     check_vector(op, "bias", bias, out.shape[1]);
   }
+}
+
+}  // namespace
+
+void matmul_sum(const TensorView& out, const TensorList& lefts, const TensorList& rights,
+                const TensorView& bias, bool add) {
+  constexpr const char* op = "matmul_sum";
+  check_sum(op, out, lefts, rights, bias, true);
   run(op, &KernelTable::matmul_sum, out, lefts, rights, bias, add);
+}
+
+void int8_matmul_sum(const TensorView& out, const TensorList& lefts, const TensorList& rights,
+                     const TensorView& bias, bool add) {
+  constexpr const char* op = "int8_matmul_sum";
+  constexpr int64_t kMostDepth = 65536;  // 255·127·65536 is less than 2^31
+  check_sum(op, out, lefts, rights, bias, false);
+  for (int64_t i = 0; i < lefts.size; ++i) {
+    const TensorView& left = lefts.items[i];
+    if (left.shape[1] > kMostDepth) fail(op, "lefts", "65536 columns at most", left, "use matmul_sum");
+    if (left.strides[1] != 1 && left.shape[1] > 1)
+      fail(op, "lefts", "rows without gaps", left, "call .contiguous()");
+  }
+  run(op, &KernelTable::int8_matmul_sum, out, lefts, rights, bias, add);
 }
 
 }  // namespace inlay
