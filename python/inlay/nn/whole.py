@@ -64,7 +64,7 @@ class TrainedWhole(Mixed):
         if not cast:
             return super().forward(*args, **kwargs)
         if self.inlay_kind == "embedding":  # the rows looked up, not the whole table
-            rows = nn.Embedding.forward(self, *args, **kwargs)  # type: ignore[arg-type]
+            rows = nn.Embedding.forward(self, *args, **kwargs)
             return self._scaled(rows.to(cast["weight"]))
         # As the twin would compute it, in a form that torch.compile can follow.
         if self.inlay_kind == "linear" or (self.inlay_kind == "head" and torch.compiler.is_compiling()):
