@@ -18,7 +18,7 @@ from ..methods import Method
 from ..nn.probe import shallow
 from ..ties import sharers
 from .base_tables import take_tables
-from .files import CONFIG_NAME, WEIGHTS_NAME, read_json, read_tensors
+from .files import CONFIG_NAME, WEIGHTS_NAME, new_folder, read_json, read_tensors
 from .load import check_modules, check_sample, group_by_module, method_of
 from .originals import checkpoint_files, stored_key, stored_name
 from .tied_files import check_tied, without_tied
@@ -33,15 +33,17 @@ def merge_files(base: str | Path, adapter: str | Path, output: str | Path) -> No
     """Write ``base`` (a dense transformers checkpoint in safetensors) with ``adapter`` in its weights to ``output``.
 
     Shards keep their names, tensors their dtype and channel order; config, generation config, tokenizer and chat
-    template are copied. One shard at a time is in memory.
+    template are copied. One shard at a time is in memory. If anything fails, nothing of ``output`` is there.
 
     Raises:
         FileExistsError: ``output`` holds files.
         ValueError: ``base`` is quantized or lacks a weight the adapter tunes, or is not what it was trained on.
     """
-    base, adapter, output = Path(base), Path(adapter), Path(output)
-    if output.exists() and any(output.iterdir()):
-        raise FileExistsError(f"wanted a new or empty folder for the merged model, got {output}, which has files")
+    with new_folder(output) as staged:
+        _merge_into(staged, Path(base), Path(adapter))
+
+
+def _merge_into(output: Path, base: Path, adapter: Path) -> None:
     config = read_json(adapter / CONFIG_NAME)
     method = method_of(config, adapter)
     if method.needs_base:
@@ -60,7 +62,6 @@ def merge_files(base: str | Path, adapter: str | Path, output: str | Path) -> No
     ours = config.get("inlay") or {}
     sample, marks = ours.get("base_sample") or {}, (ours.get("fingerprint") or {}).get("marks", {})
     off: dict[str, float] = {}
-    output.mkdir(parents=True, exist_ok=True)
     for file in sorted(set(files.values())):
         with safe_open(str(file), framework="pt") as shard:
             tensors, metadata = {key: shard.get_tensor(key) for key in shard.keys()}, shard.metadata()  # noqa: SIM118
