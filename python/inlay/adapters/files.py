@@ -28,8 +28,9 @@ CARD_NAME = "README.md"
 KEY_PREFIX = "base_model.model."
 #: What stands for a module in the keys of a schedule's state.
 SCHEDULE = "inlay_schedule"
-#: What this inlay reads. An adapter of deltas alone is written as format 1; 2 has tensors trained whole beside them.
-FORMAT_VERSION, DELTAS_ONLY = 2, 1
+#: What this inlay reads. An adapter of deltas alone is written as format 1; 2 has tensors trained whole beside them, 3
+#: changed rows of such.
+FORMAT_VERSION, WHOLE, DELTAS_ONLY = 3, 2, 1
 
 
 def write_files(directory: Path, files: Mapping[str, Any]) -> None:

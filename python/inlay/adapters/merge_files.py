@@ -18,6 +18,7 @@ from ..methods import Method
 from ..nn.probe import shallow
 from ..ties import sharers
 from .base_tables import take_tables
+from .changed_rows import ChangedRows, take_changed
 from .files import CONFIG_NAME, WEIGHTS_NAME, new_folder, read_json, read_tensors
 from .load import check_modules, check_sample, group_by_module, method_of
 from .originals import checkpoint_files, stored_key, stored_name
@@ -54,7 +55,8 @@ def _merge_into(output: Path, base: Path, adapter: Path) -> None:
     modules = _modules(base)
     tensors = read_tensors(adapter / WEIGHTS_NAME)
     take_tables(tensors)
-    whole = _whole_by_stored_name(take_whole(tensors, config, method), base, files, modules)
+    changed = take_changed(tensors, config, adapter)
+    whole = _whole_by_stored_name(changed | take_whole(tensors, config, method), base, files, modules)
     grouped = without_tied(modules[""], group_by_module(tensors, adapter), config, adapter)
     check_modules(grouped, config, adapter)
     changes = _by_stored_name(grouped, base, files, modules)
@@ -133,11 +135,11 @@ def _read(files: dict[str, Path], key: str) -> Tensor:
 
 
 def _whole_by_stored_name(
-    whole: dict[str, Tensor], base: Path, files: dict[str, Path], modules: dict[str, nn.Module]
-) -> dict[str, Tensor]:
+    whole: dict[str, Tensor | ChangedRows], base: Path, files: dict[str, Path], modules: dict[str, nn.Module]
+) -> dict[str, Tensor | ChangedRows]:
     """What was trained whole, by the checkpoint's key."""
     prefix: Any = getattr(modules[""], "base_model_prefix", "")
-    found = {}
+    found: dict[str, Tensor | ChangedRows] = {}
     for key, tensor in whole.items():
         stored = stored_key(key, prefix, files)
         if stored is None:
@@ -149,13 +151,13 @@ def _whole_by_stored_name(
     return found
 
 
-def _replaced(held: Tensor, trained: Tensor, key: str) -> Tensor:
+def _replaced(held: Tensor, trained: Tensor | ChangedRows, key: str) -> Tensor:
     if held.shape != trained.shape:
         raise ValueError(
             f"{key}: the checkpoint has shape {tuple(held.shape)}, the adapter {tuple(trained.shape)} (a resized "
             "vocabulary, or other labels): use inlay.load and inlay.merge"
         )
-    return trained.to(held.dtype)
+    return (trained.onto(held) if isinstance(trained, ChangedRows) else trained).to(held.dtype)
 
 
 def _merged(own: dict[str, Tensor], like: nn.Module, method: Method, change: _Change) -> dict[str, Tensor]:
