@@ -1,7 +1,7 @@
 """Tensors trained whole, stored as the rows that training changed: ``save_pretrained(..., delta=True)``.
 
 A row is an index of the first dimension: a token of an embedding, an expert of a mixture. Rows are stored as they are,
-not as differences: ``w - w0`` rounded to 16 bits does not give ``w`` back, and in 32 bits takes twice the bytes. What is
+not as differences: ``w - w0`` rounded to 16 bits does not give ``w`` back, and in 32 takes twice the bytes. What is
 not stored is the base's, and a digest of it is there: a file gives the trained bits or an error.
 """
 
