@@ -256,12 +256,13 @@ def _share(held: WholeTensor, adapter: str, spec: Whole) -> None:
         held.overwritten = adapter
 
 
-def begin(held: WholeTensor, adapter: str) -> None:
-    """Before a copy that a schedule chose trains: it gets memory of its own, unless the base is not kept."""
+def begin(held: WholeTensor, adapter: str, live: Any) -> None:
+    """Before a copy that a schedule chose trains: it gets memory of its own, unless the base is not kept, or FSDP2 has
+    given the parts of ``live``, what stands in the module, memory of their own."""
     if adapter not in held.fresh:
         return
     held.fresh.discard(adapter)
-    if held.overwritten != adapter:
+    if held.overwritten != adapter and not is_sharded(live):
         copy_ = held.copies[adapter]
         copy_.data = copy_.data.clone()  # the Parameter stays the one that optimizers know
 
@@ -289,9 +290,9 @@ def _maybe(module: nn.Module, name: str) -> Tensor | None:
 
 def begin_all(model: nn.Module) -> None:
     """:func:`begin` of everything in place: for who writes into weights that a schedule has not chosen yet."""
-    for _, _, _, held in owners(model):
+    for _, module, name, held in owners(model):
         if held.active is not None:
-            begin(held, held.active)
+            begin(held, held.active, _get(module, name))
 
 
 def _check_kept(key: str, held: WholeTensor) -> None:
