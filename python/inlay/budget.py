@@ -27,7 +27,7 @@ from .methods.lora import LoRA
 from .methods.s2ft import S2FT
 from .roles import roles
 from .select.trial import loss_of
-from .select.untouched import untouched
+from .select.untouched import one_at_a_time
 from .sites import block_of, blocks_of
 
 _UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -244,28 +244,27 @@ def _weigh(model: nn.Module, batches: list[Mapping[str, Any]]) -> tuple[dict[str
         if is_linear(module) and not isinstance(module, QuantizedWeight) and block_of(name, blocks)
     }
     sums: dict[str, Energy] = {}
-    parameters = [module.weight for module in linears.values()]
-    with untouched(model, parameters):
+    weighing = False  # what the first two steps are for is their time
+
+    def see(name: str, gradient: Tensor) -> None:
+        if weighing:
+            _add(sums, name, gradient, out_in_view(linears[name]).shape, len(batches))
+
+    with one_at_a_time(model, {name: module.weight for name, module in linears.items()}, see):
         model.eval()
         loss_of(model, batches[0]).backward()  # warms up
         started = time.perf_counter()
         loss_of(model, batches[0]).backward()
         seconds = time.perf_counter() - started
+        weighing = True
         for batch in batches:
-            for parameter in parameters:
-                parameter.grad = None
             loss_of(model, batch).backward()
-            for name, module in linears.items():
-                _add(sums, name, module, len(batches))
     flops = estimate(model, Full(target_modules=[f"{name}.weight" for name in linears]), batch=batches[0]).step_flops
     return sums, flops / max(seconds, 1e-9)
 
 
-def _add(sums: dict[str, Energy], name: str, module: Any, batches: int) -> None:
-    gradient = module.weight.grad
-    if gradient is None:
-        return
-    gradient = (gradient if gradient.shape == out_in_view(module).shape else gradient.t()).float()
+def _add(sums: dict[str, Energy], name: str, gradient: Tensor, shape: torch.Size, batches: int) -> None:
+    gradient = (gradient if gradient.shape == shape else gradient.t()).float()
     small = gradient if gradient.shape[0] <= gradient.shape[1] else gradient.t()
     rank = min(_MOST_RANK, small.shape[0])
     squares = torch.linalg.eigvalsh(small @ small.t()).flip(0).clamp_min(0)[:rank] / batches

@@ -29,16 +29,22 @@ class TunedModel(Mixed):
         print(coverage_table(self))
 
     def save_pretrained(
-        self, save_directory: str, is_main_process: bool = True, state_dict: dict[str, Tensor] | None = None, **kwargs
+        self,
+        save_directory: str,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        delta: bool = False,
+        **kwargs,
     ) -> None:
-        """Write the active adapter to ``save_directory``; see :func:`inlay.adapters.save_adapter`."""
+        """Write the active adapter to ``save_directory``; with ``delta=True`` only the rows that training changed of
+        tensors trained whole. See :func:`inlay.adapters.save_adapter`."""
         if kwargs.get("push_to_hub"):
             raise ValueError(
                 "push_to_hub=True: inlay writes adapters to disk and contacts no service; save to a folder, then "
                 "upload it with huggingface_hub's upload_folder"
             )
         if is_main_process or (state_dict is None and any_sharded(self)):  # which every process has to gather
-            save_adapter(self, save_directory, state_dict=state_dict)
+            save_adapter(self, save_directory, state_dict=state_dict, delta=delta)
 
     def train(self, mode: bool = True) -> nn.Module:
         """As ``nn.Module.train``; ValueError if an in-place delta's base has been sharded since."""

@@ -52,6 +52,16 @@ def any_sharded(module: nn.Module) -> bool:
     return any(is_sharded(parameter) for parameter in module.parameters())
 
 
+def from_first(tensor: Tensor) -> None:
+    """Give every process of a group what the first has in ``tensor``, which is on all of them; nothing without a group.
+    All processes must call."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        sent = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor
+        distributed.broadcast(sent, src=0)
+        tensor.copy_(sent)
+
+
 def writes_here() -> bool:
     """True in the one process of a group that should write files; True without a group."""
     distributed = torch.distributed

@@ -227,9 +227,9 @@ def check_loaded_keys(model: nn.Module, incompatible: Any) -> None:
 
 def begin_loaded(model: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Before a checkpoint is loaded: what it holds of the tensors that a schedule may choose gets memory of its own."""
-    for key, _, _, held in owners(model):
+    for key, module, name, held in owners(model):
         if held.active is not None and f"{prefix}{key}" in state_dict:
-            begin(held, held.active)
+            begin(held, held.active, module._parameters.get(name))
 
 
 def check_in_place(model: nn.Module) -> None:

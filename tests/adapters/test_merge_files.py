@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from comparing import assert_equal
 from families import BY_NAME, eval_logits
 from methods import shake
 from oracle import deltas_of, randomize
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import inlay
@@ -132,3 +134,30 @@ def test_refusals(tmp_path):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "inlay"}}))
     with pytest.raises(ValueError, match="is quantized; pass the dense checkpoint"):
         merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged3")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "full", "other", "gpt2"}
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "empty"])
+def test_a_failure_in_a_late_shard_leaves_nothing(there, tmp_path, monkeypatch):
+    """Neither a folder that looks merged, nor one beside it; an empty one that was there stays, and can be used."""
+    saved("llama", tmp_path, max_shard_size="20KB")
+    if there:
+        (tmp_path / "merged").mkdir()
+    before = {path.name for path in tmp_path.iterdir()}
+    written = []
+
+    def fails_at_the_third(tensors, path, **options):
+        written.append(path)
+        if len(written) == 3:
+            raise OSError("no space left on device")
+        save_file(tensors, path, **options)
+
+    monkeypatch.setattr(sys.modules["inlay.adapters.merge_files"], "save_file", fails_at_the_third)
+    with pytest.raises(OSError, match="no space left"):
+        merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert len(written) == 3 and {path.name for path in tmp_path.iterdir()} == before
+    assert not there or not any((tmp_path / "merged").iterdir())
+    monkeypatch.undo()
+    merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert {path.name for path in tmp_path.iterdir()} == before | {"merged"}
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

@@ -25,6 +25,8 @@ METHODS = {
     "exact": methods.BY_NAME["s2ft-exact"].make,
     "lisa": lambda: inlay.LISA(layers=1, every=1),
     "hft": lambda: inlay.HFT(redraw_every=2),
+    "full": inlay.Full,
+    "green": lambda: inlay.GreenTrainer(rho=0.6, every=2, cost="flops"),
     "tied": lambda: inlay.TokenRows(tokens=list(range(3, 40))),
     "whole": lambda: inlay.S2FT(ratio=0.25, modules_to_save=["lm_head", "norm"]),
 }
@@ -57,6 +59,11 @@ PLAIN = [
     Scenario("fsdp", "tied", "dense"),
     Scenario("ddp", "lisa", "dense"),
     Scenario("ddp", "hft", "dense"),
+    Scenario("ddp", "green", "dense"),
+    Scenario("fsdp", "full", "dense"),
+    Scenario("fsdp", "lisa", "dense"),
+    Scenario("fsdp", "hft", "dense"),
+    Scenario("fsdp", "green", "dense"),
     Scenario("fsdp", "whole", "nf4"),
     Scenario("fsdp", "exact", "nf4"),
     Scenario("fsdp", "s2ft", "nested"),
@@ -101,8 +108,10 @@ def trained(model: nn.Module, scenario: Scenario, given: Iterable[dict[str, Tens
     """Train on the batches, clipping gradients; the loss of each step."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     kinds = {"inlay": inlay.optim.AdamW, "torch": torch.optim.AdamW}
-    eps = 1e-4 if scenario.method in ("lisa", "hft") else 1e-8  # gradients that are rounding alone make no full step
-    optimizer = kinds[scenario.optimizer](trainable, lr=1e-2, eps=eps)
+    whole = scenario.method in ("full", "lisa", "hft", "green")
+    eps = 1e-4 if whole else 1e-8  # gradients that are rounding alone make no full step
+    decay = 0.0 if scenario.method == "full" else 0.01  # without it, rows of tokens that never come stay as they are
+    optimizer = kinds[scenario.optimizer](trainable, lr=1e-2, eps=eps, weight_decay=decay)
     for batch in given:
         loss = model(**batch).loss
         loss.backward()

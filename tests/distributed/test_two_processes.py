@@ -6,13 +6,13 @@ from pathlib import Path
 import families
 import pytest
 import torch
-from comparing import assert_close, assert_series
+from comparing import assert_close, assert_series, assert_state_equal
 from launch import once, torchrun
 from safetensors.torch import load_file
 from scenarios import GLOBAL_BATCH, METHODS, PLAIN, batches, build, plain, trained, trainer_run
 
 import inlay
-from inlay.adapters.files import RESUME_NAME, WEIGHTS_NAME
+from inlay.adapters.files import CONFIG_NAME, RESUME_NAME, WEIGHTS_NAME
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
@@ -84,6 +84,19 @@ def test_processes_that_chose_other_channels_or_have_another_base_are_told(out, 
     assert said["nothing"] == "" and all(
         "in all 2 processes, got 2 different" in said[what] for what in ("seed", "base")
     )
+
+
+def test_changed_rows_of_sharded_tensors_are_those_of_whole_ones(out):
+    scenario = next(s for s in PLAIN if (s.engine, s.method) == ("fsdp", "full"))
+    config = json.loads((out / f"{scenario}-delta" / CONFIG_NAME).read_text())
+    assert "model.embed_tokens.weight" in config["inlay"]["delta"]
+    wanted, got = (inlay.load(plain(scenario), out / folder) for folder in (str(scenario), f"{scenario}-delta"))
+    assert_state_equal(got.state_dict(), wanted.state_dict())
+
+
+def test_green_trainer_chooses_the_same_on_all_ranks(out):
+    one, two = json.loads((out / "green.json").read_text())
+    assert one == two and 0 < sum(one) < len(one)
 
 
 @pytest.mark.parametrize("scenario", PLAIN, ids=str)

@@ -71,6 +71,8 @@ def run_plain(scenario: Scenario, out: Path) -> dict[str, Any]:
         model.save_pretrained(str(out / str(scenario)), is_main_process=rank == 0)
     else:
         model.save_pretrained(str(out / str(scenario)))  # by all ranks: it gathers
+        if scenario.method == "full":
+            model.save_pretrained(str(out / f"{scenario}-delta"), delta=True)
     everyone: list[Any] = [None] * world
     dist.all_gather_object(everyone, facts)
     return {**facts, "ranks": everyone}
@@ -89,8 +91,24 @@ def disagreement(change: str) -> str:
     return ""
 
 
+def green_choices() -> list[list[bool]]:
+    """What GreenTrainer trains on each rank after measuring, where they measured and weighed differently."""
+    model = inlay.tune(families.llama(num_hidden_layers=4), inlay.GreenTrainer(rho=0.9, every=20)).train()
+    schedule, optimizer = model.inlay_schedules["default"], torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(8):
+        model(**families.text_batch(step)).loss.backward()
+        if step == 6 and dist.get_rank() == 1:
+            schedule.clock["importance"].reverse()
+        optimizer.step()
+        optimizer.zero_grad()
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, schedule.chosen_mask.tolist())
+    return everyone
+
+
 def plain(out: Path) -> None:
     dist.init_process_group("gloo")
+    (out / "green.json").write_text(json.dumps(green_choices()))
     said = {change: disagreement(change) for change in ("nothing", "seed", "base")}
     (out / f"disagreement.{dist.get_rank()}.json").write_text(json.dumps(said))
     for scenario in PLAIN:

@@ -12,6 +12,7 @@ from torch.nn import functional
 from inlay import ops
 from inlay.bases.four_bit import FourBit
 from inlay.bases.int8 import Int8
+from inlay.nn.table import _Lookup
 from inlay.ops._registry import apply
 from inlay.ops.base_linear import base_linear
 from inlay.ops.base_products import DenseBase, DenseBaseT
@@ -290,6 +291,12 @@ def _add_low_rank_rows() -> Case:
     return Case(lambda: (apply(_AddLowRankRows, y, a, b, ids, 0.5, None),), plain, [y, a, b], [])
 
 
+def _table() -> Case:
+    table, ids = leaf(40, WIDE), torch.tensor([[0, 2, 7, 2, 9], [3, 39, 2, 7, 5]])
+    ours = lambda: (apply(_Lookup, table, ids, 7),)  # noqa: E731
+    return Case(ours, lambda: (functional.embedding(ids, table, padding_idx=7),), [table], [])
+
+
 def _rope(trained_angles: bool):
     def make() -> Case:
         q, k = leaf(2, 4, 5, 8), leaf(2, 2, 5, 8)
@@ -343,6 +350,7 @@ WITHOUT_A_BASE: dict[str, Callable[[], Case]] = {
     "map of channels": _map_channels,
     "rows of an embedding": _add_rows,
     "low-rank rows of an embedding": _add_low_rank_rows,
+    "rows of a table that trains": _table,
     "rope": _rope(False),
     "rope, trained angles": _rope(True),
     "attention": _attention,

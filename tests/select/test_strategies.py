@@ -27,13 +27,18 @@ def scores_of(model, strategy, names) -> dict[str, torch.Tensor]:
         side_in = name.endswith(INPUT_SIDE)
         record = lambda module, args, out, name=name, side_in=side_in: seen[name].append(args[0] if side_in else out)  # noqa: E731
         model.get_submodule(name).register_forward_hook(record)
+    norms = dict.fromkeys(names, 0.0)
     for batch in DATA:
+        model.zero_grad()
         model(**batch).loss.backward()
+        for name in names:
+            gradient = weights[name].grad
+            gradient = gradient.t() if type(model.get_submodule(name)).__name__ == "Conv1D" else gradient
+            norms[name] = norms[name] + gradient.square().sum(0 if name.endswith(INPUT_SIDE) else 1).sqrt()
     scores = {}
     for name in names:
-        transposed = type(model.get_submodule(name)).__name__ == "Conv1D"
-        weight, gradient = weights[name].detach(), weights[name].grad
-        weight, gradient = (weight.t(), gradient.t()) if transposed else (weight, gradient)
+        weight = weights[name].detach()
+        weight = weight.t() if type(model.get_submodule(name)).__name__ == "Conv1D" else weight
         dim = 0 if name.endswith(INPUT_SIDE) else 1
         size = weight.square().sum(dim).sqrt()
         rows = torch.cat(
@@ -44,7 +49,7 @@ def scores_of(model, strategy, names) -> dict[str, torch.Tensor]:
             "weight": size,
             "activation": activation,
             "product": size * activation,
-            "gradient": gradient.square().sum(dim).sqrt(),
+            "gradient": norms[name],
         }[strategy]
     return scores
 

@@ -263,10 +263,45 @@ def test_green_trainer_measures_then_chooses(capsys):
     schedule = model.inlay_schedules["default"]
     everything = set(schedule.keys)
     assert trained[:3] == [everything] * 3
-    assert trained[3] == trained[4] == {schedule.keys[0]} and trained[5] == trained[6] == {schedule.keys[-1]}
+    assert (
+        trained[3] == trained[4] == {"model.layers.0.input_layernorm.weight"}
+    )  # deep, and next to no gradient of its own
+    assert trained[5] == trained[6] == {"model.norm.weight"}
     assert bool(schedule.known) and float(schedule.seconds[0]) > 0
     assert trained[7] == trained[8]
     assert "of full fine-tuning's time" in capsys.readouterr().out
+
+
+def test_green_trainer_counts_a_tied_head_with_its_table():
+    """Its product is in the forward, its input's gradient in every step, its weight gradient is the table's."""
+    flops = {}
+    for tied in (False, True):
+        model = inlay.tune(llama(tie_word_embeddings=tied), inlay.GreenTrainer(rho=1.0, every=9, cost="flops")).train()
+        steps(model, 1)
+        schedule = model.inlay_schedules["default"]
+        flops[tied] = (schedule.costs, dict(zip(schedule.keys, schedule.costs.own, strict=True)), schedule.keys)
+    (apart, own, keys), (together, own_tied, keys_tied) = flops[False], flops[True]
+    head, table = "lm_head.weight", "model.embed_tokens.weight"
+    size = text_batch(0)["input_ids"].numel()
+    product = 2.0 * size * llama().lm_head.weight.numel()
+    assert head in keys and head not in keys_tied
+    assert own[head] == own_tied[table] == product and own[table] == llama().lm_head.weight.numel()
+    assert apart.passing[keys.index(head)] == product and together.forward == apart.forward + product
+    assert sum(together.passing) == sum(apart.passing) - product
+
+
+def test_green_trainer_spreads_measured_time_by_what_it_goes_by():
+    """Weight gradients by FLOPs, the optimizer's step by elements; all of it is the time of a whole step."""
+    model = inlay.tune(llama(num_hidden_layers=4), inlay.GreenTrainer(rho=0.9, every=20)).train()
+    steps(model, 8)
+    schedule = model.inlay_schedules["default"]
+    schedule.seconds.copy_(torch.tensor([3.0, 2.0, 4.0, 1.0]))
+    costs, counted = schedule.weighed(), schedule.costs
+    assert costs.forward == 3.0 and abs(sum(costs.passing) - 2.0) < 1e-9 and abs(sum(costs.own) - 5.0) < 1e-9
+    for own, flops, size in zip(costs.own, counted.own, counted.elements, strict=True):
+        assert abs(own - 4.0 * flops / sum(counted.own) - size / sum(counted.elements)) < 1e-9
+    schedule.chosen_mask.fill_(True)
+    assert abs(schedule.planned() - 1.0) < 1e-9
 
 
 def test_a_share_that_the_forward_exceeds_is_refused():

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,9 @@ CARD_NAME = "README.md"
 KEY_PREFIX = "base_model.model."
 #: What stands for a module in the keys of a schedule's state.
 SCHEDULE = "inlay_schedule"
-#: What this inlay reads. An adapter of deltas alone is written as format 1; 2 has tensors trained whole beside them.
-FORMAT_VERSION, DELTAS_ONLY = 2, 1
+#: What this inlay reads. An adapter of deltas alone is written as format 1; 2 has tensors trained whole beside them, 3
+#: changed rows of such.
+FORMAT_VERSION, WHOLE, DELTAS_ONLY = 3, 2, 1
 
 
 def write_files(directory: Path, files: Mapping[str, Any]) -> None:
@@ -45,6 +48,30 @@ def write_files(directory: Path, files: Mapping[str, Any]) -> None:
     finally:
         for path in staged.values():
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(output: str | Path) -> Iterator[Path]:
+    """A folder beside ``output`` to write to, which becomes ``output`` when all is written; gone if anything fails.
+
+    Raises:
+        FileExistsError: ``output`` holds files, is a file, or is where a file system is mounted.
+    """
+    output = Path(output).resolve()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"wanted a new or empty folder for the output, got {output}, which has files")
+    if output.is_mount():
+        raise FileExistsError(f"wanted a folder that can be written beside and renamed, got the mount {output}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staged = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    staged.mkdir()
+    try:
+        yield staged
+        if output.exists():
+            output.rmdir()  # empty: not every system renames over a folder
+        staged.rename(output)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def _write(path: Path, suffix: str, content: Any) -> None:

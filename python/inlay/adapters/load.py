@@ -18,6 +18,7 @@ from ..nn.whole import check_whole, train_whole, whole_tensors
 from ..schedules import SCHEDULES, active_schedules
 from ..state import pieces_of, require_state, sample_of, sample_weights, state_of, tuned_modules
 from .base_tables import put_tables, take_tables
+from .changed_rows import put_on, take_changed
 from .files import CONFIG_NAME, FORMAT_VERSION, KEY_PREFIX, SCHEDULE, WEIGHTS_NAME, read_json, read_tensors
 from .tied_files import check_tied, without_tied
 from .whole_files import (
@@ -55,9 +56,10 @@ def load_onto(
     tensors = read_tensors(directory / WEIGHTS_NAME)
     points = take_schedule(tensors)
     tables = take_tables(tensors) if "inlay" not in config else {}
+    changed = take_changed(tensors, config, directory)
     whole = take_whole(tensors, config, method)
     grouped = group_by_module(tensors, directory)
-    if not grouped and not whole:
+    if not grouped and not whole and not changed:
         raise ValueError(f"{directory}: the adapter holds no tensor")
     adopt_bitsandbytes(model)
     put_tables(model, tables)
@@ -73,6 +75,7 @@ def load_onto(
         raise ValueError(f"this model has an adapter {name!r} already; pass another name")
     ours = config.get("inlay") or {}
     fit_vocabulary(model, config, whole, {path: method.rows_held(held) for path, held in grouped.items()})
+    whole |= put_on(model, changed)
     modules = dict(model.named_modules())
     method = with_paths(model, config, method, whole)
     specs = specs_of(model, method, whole, ours.get("unfrozen") or ())
@@ -134,7 +137,8 @@ def hotswap(model: nn.Module, directory: str | Path, name: str = DEFAULT_ADAPTER
     method, old = method_of(config, directory), state.methods[name]
     tensors = read_tensors(directory / WEIGHTS_NAME)
     points = take_schedule(tensors)
-    whole = take_whole(tensors, config, method)
+    changed = take_changed(tensors, config, directory)
+    whole = take_whole(tensors, config, method) | put_on(model, changed)
     grouped = group_by_module(tensors, directory)
     mine = pieces_of(model, name)
     held = {path: module for path, module in tuned_modules(model).items() if path in mine}

@@ -18,7 +18,8 @@ from ..methods import Method
 from ..nn.probe import shallow
 from ..ties import sharers
 from .base_tables import take_tables
-from .files import CONFIG_NAME, WEIGHTS_NAME, read_json, read_tensors
+from .changed_rows import ChangedRows, take_changed
+from .files import CONFIG_NAME, WEIGHTS_NAME, new_folder, read_json, read_tensors
 from .load import check_modules, check_sample, group_by_module, method_of
 from .originals import checkpoint_files, stored_key, stored_name
 from .tied_files import check_tied, without_tied
@@ -33,15 +34,17 @@ def merge_files(base: str | Path, adapter: str | Path, output: str | Path) -> No
     """Write ``base`` (a dense transformers checkpoint in safetensors) with ``adapter`` in its weights to ``output``.
 
     Shards keep their names, tensors their dtype and channel order; config, generation config, tokenizer and chat
-    template are copied. One shard at a time is in memory.
+    template are copied. One shard at a time is in memory. If anything fails, nothing of ``output`` is there.
 
     Raises:
         FileExistsError: ``output`` holds files.
         ValueError: ``base`` is quantized or lacks a weight the adapter tunes, or is not what it was trained on.
     """
-    base, adapter, output = Path(base), Path(adapter), Path(output)
-    if output.exists() and any(output.iterdir()):
-        raise FileExistsError(f"wanted a new or empty folder for the merged model, got {output}, which has files")
+    with new_folder(output) as staged:
+        _merge_into(staged, Path(base), Path(adapter))
+
+
+def _merge_into(output: Path, base: Path, adapter: Path) -> None:
     config = read_json(adapter / CONFIG_NAME)
     method = method_of(config, adapter)
     if method.needs_base:
@@ -52,7 +55,8 @@ def merge_files(base: str | Path, adapter: str | Path, output: str | Path) -> No
     modules = _modules(base)
     tensors = read_tensors(adapter / WEIGHTS_NAME)
     take_tables(tensors)
-    whole = _whole_by_stored_name(take_whole(tensors, config, method), base, files, modules)
+    changed = take_changed(tensors, config, adapter)
+    whole = _whole_by_stored_name(changed | take_whole(tensors, config, method), base, files, modules)
     grouped = without_tied(modules[""], group_by_module(tensors, adapter), config, adapter)
     check_modules(grouped, config, adapter)
     changes = _by_stored_name(grouped, base, files, modules)
@@ -60,7 +64,6 @@ def merge_files(base: str | Path, adapter: str | Path, output: str | Path) -> No
     ours = config.get("inlay") or {}
     sample, marks = ours.get("base_sample") or {}, (ours.get("fingerprint") or {}).get("marks", {})
     off: dict[str, float] = {}
-    output.mkdir(parents=True, exist_ok=True)
     for file in sorted(set(files.values())):
         with safe_open(str(file), framework="pt") as shard:
             tensors, metadata = {key: shard.get_tensor(key) for key in shard.keys()}, shard.metadata()  # noqa: SIM118
@@ -132,11 +135,11 @@ def _read(files: dict[str, Path], key: str) -> Tensor:
 
 
 def _whole_by_stored_name(
-    whole: dict[str, Tensor], base: Path, files: dict[str, Path], modules: dict[str, nn.Module]
-) -> dict[str, Tensor]:
+    whole: dict[str, Tensor | ChangedRows], base: Path, files: dict[str, Path], modules: dict[str, nn.Module]
+) -> dict[str, Tensor | ChangedRows]:
     """What was trained whole, by the checkpoint's key."""
     prefix: Any = getattr(modules[""], "base_model_prefix", "")
-    found = {}
+    found: dict[str, Tensor | ChangedRows] = {}
     for key, tensor in whole.items():
         stored = stored_key(key, prefix, files)
         if stored is None:
@@ -148,13 +151,13 @@ def _whole_by_stored_name(
     return found
 
 
-def _replaced(held: Tensor, trained: Tensor, key: str) -> Tensor:
+def _replaced(held: Tensor, trained: Tensor | ChangedRows, key: str) -> Tensor:
     if held.shape != trained.shape:
         raise ValueError(
             f"{key}: the checkpoint has shape {tuple(held.shape)}, the adapter {tuple(trained.shape)} (a resized "
             "vocabulary, or other labels): use inlay.load and inlay.merge"
         )
-    return trained.to(held.dtype)
+    return (trained.onto(held) if isinstance(trained, ChangedRows) else trained).to(held.dtype)
 
 
 def _merged(own: dict[str, Tensor], like: nn.Module, method: Method, change: _Change) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from ..sharding import any_sharded, is_sharded, whole, writes_here
 from ..state import TuneState, check_in_place, pieces_of, require_state
 from ..ties import sharers
 from ..version import __version__
+from .changed_rows import split_changed
 from .files import (
     CARD_NAME,
     CONFIG_NAME,
@@ -29,6 +30,7 @@ from .files import (
     RESUME_NAME,
     SCHEDULE,
     WEIGHTS_NAME,
+    WHOLE,
     base_path_of,
     peft_keys,
     write_files,
@@ -37,18 +39,27 @@ from .peft_rules import peft_targets
 
 
 def save_adapter(
-    model: nn.Module, directory: str | Path, *, name: str | None = None, state_dict: dict[str, Tensor] | None = None
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    name: str | None = None,
+    state_dict: dict[str, Tensor] | None = None,
+    delta: bool = False,
 ) -> None:
     """Write one adapter of ``model`` to ``directory``: config, tensors, resume file and card. Never the base.
 
     Args:
         name: which adapter; the active one if None.
         state_dict: take values from here (a gathered state dict of a sharded model) instead of the model.
+        delta: of each tensor trained whole, store the rows alone that differ from the base's, where that is smaller.
+            The file then gives the same bits on the very base it was trained on, and an error on any other; there is
+            no resume file.
 
     Raises:
         TypeError: the model is not tuned.
-        ValueError: ``name`` is not one adapter; a tensor is empty or not finite; or every value is still what tuning
-            started from, so that there is nothing to save.
+        ValueError: ``name`` is not one adapter; a tensor is empty or not finite; every value is still what tuning
+            started from, so that there is nothing to save; or ``delta``, and the method trains no tensor whole or kept
+            no original.
     """
     state = require_state(model, "save_pretrained")
     name = name if name is not None else _single_active(state)
@@ -59,6 +70,7 @@ def save_adapter(
     check_worth_saving(model, name, tensors, checkpoint=Path(directory).name.startswith("checkpoint-"))
     method = state.methods[name]
     pieces = pieces_of(model, name)
+    said = split_changed(model, name, tensors) if delta else {}
     config = {
         **peft_keys(model),
         **method.peft_fields(pieces),
@@ -69,7 +81,8 @@ def save_adapter(
             "base": None if state.base is None else state.base.to_dict(),
             "base_sample": state.base_sample,
             "fingerprint": state.fingerprint,
-            "format": FORMAT_VERSION if len(resume) > deltas_in(resume) else DELTAS_ONLY,
+            **({"delta": said} if said else {}),
+            "format": FORMAT_VERSION if said else WHOLE if len(resume) > deltas_in(resume) else DELTAS_ONLY,
             "modules": sorted(pieces),
             "options": method.stored_options(),
             **({"tied": tied} if (tied := sharers(model, pieces)) else {}),
@@ -80,7 +93,12 @@ def save_adapter(
         },
     }
     card = _card(model, state, name)
-    write_files(Path(directory), {WEIGHTS_NAME: tensors, RESUME_NAME: resume, CONFIG_NAME: config, CARD_NAME: card})
+    files = {WEIGHTS_NAME: tensors, RESUME_NAME: resume, CONFIG_NAME: config, CARD_NAME: card}
+    if delta:
+        del files[RESUME_NAME]
+    write_files(Path(directory), files)
+    if delta:
+        (Path(directory) / RESUME_NAME).unlink(missing_ok=True)  # of an earlier save, with other values
 
 
 def collect(

@@ -38,15 +38,17 @@ def add_parsers(commands: Any) -> None:
 
 def run_merge(args: argparse.Namespace) -> None:
     from ..adapters import merge, merge_files
+    from ..adapters.files import new_folder
 
     args = fill_from_config(args)
     if args.adapter is not None and args.gguf_file is None and args.dtype in (None, "auto") and _is_dense(args.model):
         merge_files(args.model, args.adapter, args.output)
         print(f"inlay: merged model saved in {args.output}")
         return
-    model, tokenizer = _load_tuned(args)
-    merge(model).save_pretrained(_new_folder(args.output))
-    tokenizer.save_pretrained(args.output)
+    with new_folder(args.output) as staged:
+        model, tokenizer = _load_tuned(args)
+        merge(model).save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
     print(f"inlay: merged model saved in {args.output}")
 
 

@@ -32,7 +32,8 @@ class NeFT(Method):
     Attributes:
         ratio: fraction of all neurons of the targeted linears to train, in (0, 1].
         probe_steps, probe_lr: optimizer steps of the trial, over and over the calibration batches, and their rate.
-            It trains all targets at once and puts them back: it wants the memory of full fine-tuning for a moment.
+            It trains all targets at once and puts them back: it wants the memory of full fine-tuning for a moment, but
+            for the gradients, of which there is one at a time.
         strategy: "probe" (the paper's), or "random", which needs no data.
         target_modules: None means "all-linear".
     """

@@ -45,7 +45,8 @@ class S2FT(Method):
         granularity: channels are chosen in aligned groups of this many; ``"auto"`` is whole heads (``head_dim``)
             for attention linears and 1 elsewhere; or ``{target suffix: int}``.
         strategy: "random" (default), "weight" (norm of the channel's weights), "activation" (mean size on
-            calibration data), "product" (weight times activation) or "gradient" (norm of its weight gradient).
+            calibration data), "product" (weight times activation) or "gradient" (norm of its weight gradient, summed
+            over the calibration batches).
         select: take the "smallest" (the paper finds it slightly better) or the "largest" scores.
         update: "additive" adds a separate fp32 ΔW, on any base; "in_place" is the paper's form, for dense bases.
         keep: on a quantized base, "additive" trains a ΔW on top of it; "exact" keeps the chosen channels in high

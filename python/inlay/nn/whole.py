@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from ..bases.quantized import QuantizedWeight
 from ..pieces import Whole
+from ..pieces.lookup import Lookup, lookup_of
 from ..sharding import is_sharded, whole
 from ..sites import names_above
 from .head import DeferringHead
 from .holder import Holder
 from .mixed import Mixed, mix, unmix
+from .table import look_up, sums_apart
 
 
 @dataclass
@@ -48,8 +50,12 @@ class TrainedWhole(Mixed):
 
     inlay_whole: dict[str, WholeTensor]  # by the name of the tensor in this module
     inlay_kind: str  # "linear", "head" or "embedding" where torch's own forward, or the deferring one, is behind this
+    inlay_lookup: Lookup | None  # what an embedding does with its table's rows
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.inlay_lookup is not None and sums_apart(self, self._parameters["weight"]):
+            (ids,) = (*args, *kwargs.values())
+            return self._scaled(look_up(self._parameters["weight"], ids, self.padding_idx))
         cast = {
             name: held.original.dtype
             for name, held in self.inlay_whole.items()
@@ -57,15 +63,22 @@ class TrainedWhole(Mixed):
         }
         if not cast:
             return super().forward(*args, **kwargs)
-        if self.inlay_kind == "embedding":
-            return super().forward(*args, **kwargs).to(cast["weight"])  # the rows looked up, not the whole table
+        if self.inlay_kind == "embedding":  # the rows looked up, not the whole table
+            rows = nn.Embedding.forward(self, *args, **kwargs)
+            return self._scaled(rows.to(cast["weight"]))
         # As the twin would compute it, in a form that torch.compile can follow.
         if self.inlay_kind == "linear" or (self.inlay_kind == "head" and torch.compiler.is_compiling()):
             weight, bias = (_cast(self, cast, name) for name in ("weight", "bias"))
-            return nn.functional.linear(args[0] if args else kwargs["input"], weight, bias)
+            x = args[0] if args else kwargs["input"]
+            # T5 casts what enters to the dtype of the weight that it finds here, from the base's and back exactly
+            return nn.functional.linear(x.to(weight.dtype) if x.dtype == self.weight.dtype else x, weight, bias)
         twin = copy.copy(self)
         twin.__dict__["_parameters"] = {name: _cast(self, cast, name) for name in self._parameters}
         return super(TrainedWhole, twin).forward(*args, **kwargs)
+
+    def _scaled(self, rows: Tensor) -> Tensor:
+        scale = 1.0 if self.inlay_lookup is None else self.inlay_lookup.scale(rows)
+        return rows if scale == 1.0 else rows * scale
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         """Moves between devices take the copies along; no dtype move rounds what is being trained."""
@@ -243,12 +256,13 @@ def _share(held: WholeTensor, adapter: str, spec: Whole) -> None:
         held.overwritten = adapter
 
 
-def begin(held: WholeTensor, adapter: str) -> None:
-    """Before a copy that a schedule chose trains: it gets memory of its own, unless the base is not kept."""
+def begin(held: WholeTensor, adapter: str, live: Any) -> None:
+    """Before a copy that a schedule chose trains: it gets memory of its own, unless the base is not kept, or FSDP2 has
+    given the parts of ``live``, what stands in the module, memory of their own."""
     if adapter not in held.fresh:
         return
     held.fresh.discard(adapter)
-    if held.overwritten != adapter:
+    if held.overwritten != adapter and not is_sharded(live):
         copy_ = held.copies[adapter]
         copy_.data = copy_.data.clone()  # the Parameter stays the one that optimizers know
 
@@ -276,9 +290,9 @@ def _maybe(module: nn.Module, name: str) -> Tensor | None:
 
 def begin_all(model: nn.Module) -> None:
     """:func:`begin` of everything in place: for who writes into weights that a schedule has not chosen yet."""
-    for _, _, _, held in owners(model):
+    for _, module, name, held in owners(model):
         if held.active is not None:
-            begin(held, held.active)
+            begin(held, held.active, _get(module, name))
 
 
 def _check_kept(key: str, held: WholeTensor) -> None:
@@ -293,9 +307,22 @@ def _mark(module: nn.Module) -> None:
     if isinstance(module, TrainedWhole):
         return
     known = {nn.Linear.forward: "linear", nn.Embedding.forward: "embedding", DeferringHead.forward: "head"}
-    kind = known.get(type(module).forward, "")
+    lookup = _lookup(module)
+    kind = known.get(type(module).forward, "" if lookup is None else "embedding")
     held: Any = mix(module, TrainedWhole)
-    held.inlay_kind, held.inlay_whole = kind, {}
+    held.inlay_kind, held.inlay_whole, held.inlay_lookup = kind, {}, lookup
+
+
+def _lookup(module: nn.Module) -> Lookup | None:
+    """What an embedding does with its rows; None if ``module`` is none, or does something that is not known."""
+    if not isinstance(module, nn.Embedding):
+        return None
+    if type(module).forward is not nn.Embedding.forward and module.weight.is_meta:
+        return None  # it cannot be tried
+    try:
+        return lookup_of(module, "whole")
+    except ValueError:
+        return None
 
 
 def switch_whole(model: nn.Module, active: Sequence[str]) -> None:

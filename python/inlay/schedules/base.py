@@ -50,8 +50,9 @@ class Run:
         wanted, parameters = set(chosen), self.parameters()
         trained = {id(parameters[name]) for name in wanted}  # a tied one has several names
         for _, module, name, held in owners(self.model):
-            if held.active == self.adapter and id(module._parameters.get(name)) in trained:
-                begin(held, self.adapter)
+            live = module._parameters.get(name)
+            if held.active == self.adapter and id(live) in trained:
+                begin(held, self.adapter, live)
         for parameter in parameters.values():
             if id(parameter) in trained:
                 parameter.requires_grad_(True)

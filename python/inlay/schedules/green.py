@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,20 +13,34 @@ from torch import Tensor, nn
 from ..bases.linear import is_linear
 from ..roles import roles, widths
 from ..select.budget import best_within
+from ..sharding import from_first, whole
 from .base import Run, Schedule
 
-#: What the steps that measure train: everything (the first warms up, the last weighs), the deepest tensor alone (the
-#: gradient passes all, and no other weight gradient exists), the topmost alone.
+#: What the steps that measure train: everything (the first warms up, the last weighs), a deep and cheap tensor alone
+#: (the gradient passes nearly all, and there is next to no weight gradient), a high and cheap one alone.
 PHASES = ("all", "all", "all", "deepest", "deepest", "top", "top")
+
+
+#: Of all weight gradients' cost, what a tensor may have that stands for its depth. A block's norm has a millionth.
+_CHEAP = 1e-3
+
+#: The clock that measures; of the process alone where others share the machine (benchmarks/green.py).
+now = time.perf_counter
 
 
 @dataclass
 class Costs:
-    """FLOPs of a step, by tensor in the order of depth: its weight gradient, and passing the gradient below it."""
+    """FLOPs of a step, by tensor in the order of depth: its weight gradient, and passing the gradient below it.
+
+    Attributes:
+        forward: with what every choice takes: the gradient of the input of a head that is tied to a table further down.
+        elements: of each tensor, by which the optimizer's time goes.
+    """
 
     forward: float
     own: list[float]
     passing: list[float]
+    elements: list[float]
 
 
 class Green(Schedule):
@@ -49,8 +63,8 @@ class Green(Schedule):
         self.keys, self.rho, self.every, self.measured = tuple(keys), rho, every, measured
         self.register_buffer("chosen_mask", torch.ones(len(keys), dtype=torch.bool))
         self.register_buffer(
-            "seconds", torch.zeros(3, dtype=torch.float64)
-        )  # forward, passing, weight gradients and step
+            "seconds", torch.zeros(4, dtype=torch.float64)
+        )  # forward, passing, weight gradients, the optimizer's step
         self.register_buffer("since", torch.zeros((), dtype=torch.int64))  # steps since measuring or weighing began
         self.register_buffer("known", torch.zeros((), dtype=torch.bool))  # whether `seconds` has been measured
         self.costs: Costs | None = None
@@ -70,8 +84,17 @@ class Green(Schedule):
         if phase == "all":
             return list(self.keys)
         if phase in ("deepest", "top"):
-            return [self.keys[0 if phase == "deepest" else -1]]
+            return [self.keys[self._probe(phase)]]
         return [key for key, on in zip(self.keys, self.chosen_mask.tolist(), strict=True) if on]
+
+    def _probe(self, phase: str) -> int:
+        """The deepest, or topmost, of the tensors whose own cost is small: a tied table is the deepest of all, and its
+        gradient is the head's product too."""
+        places = list(range(len(self.keys)))
+        if phase == "top":
+            places.reverse()
+        own = self.costs.own if self.costs is not None else [0.0] * len(places)
+        return next(place for place in places if own[place] <= max(_CHEAP * sum(own), min(own)))
 
     # --- the step ---
 
@@ -79,7 +102,7 @@ class Green(Schedule):
         super().apply(run)
         if self.costs is None and "watching" not in self.clock and not self.steps.is_meta:
             self.clock["watching"] = _Watch(run.model)
-        self.clock.setdefault("began", time.perf_counter())
+        self.clock.setdefault("began", now())
 
     def after_backward(self, run: Run) -> None:
         if "watching" in self.clock:
@@ -88,12 +111,15 @@ class Green(Schedule):
         if self.phase() == "all":
             plain = {key: p.detach().clone() for key, p in run.parameters().items() if not _has_states(run, p)}
             self.clock["before"] = plain
+        self.clock["stepping"] = now()
 
     def after_step(self, run: Run) -> None:
         if self.costs is None:  # a step without a forward of this model
             return
-        phase, took = self.phase(), time.perf_counter() - self.clock.pop("began", time.perf_counter())
-        self.clock.setdefault("times", {}).setdefault(phase, []).append(took)
+        end, phase = now(), self.phase()
+        self.clock.setdefault("times", {}).setdefault(phase, []).append(end - self.clock.pop("began", end))
+        if phase == "all":
+            self.clock.setdefault("steps", []).append(end - self.clock.pop("stepping", end))
         if phase == "all":
             self.clock["importance"] = self._importance(run)
         self.since += 1
@@ -116,29 +142,40 @@ class Green(Schedule):
             p = parameters[key]
             change = p.detach() - before[key] if key in before else _adam_change(run, p)
             grad = p.grad
-            found.append(0.0 if grad is None or change is None else -float((grad.float() * change.float()).sum()))
+            if grad is None or change is None:
+                found.append(0.0)
+            else:  # of sharded ones the sum over all processes
+                found.append(-float(whole((grad.float() * change.float()).sum())))
         return found
 
     def _settle_times(self) -> None:
+        costs = self.costs
+        assert costs is not None
         best = {phase: min(times[1:] if phase == "all" else times) for phase, times in self.clock["times"].items()}
-        forward = best["top"]
-        passing = max(best["deepest"] - best["top"], 0.0)
-        self.seconds.copy_(torch.tensor([forward, passing, max(best["all"] - best["deepest"], 0.0)]))
+        passed = sum(costs.passing[self._probe("deepest") + 1 :]) - sum(costs.passing[self._probe("top") + 1 :])
+        passing = max(best["deepest"] - best["top"], 0.0) * sum(costs.passing) / (passed or 1.0)
+        forward, step = best["top"], min(self.clock["steps"][1:])
+        own = max(best["all"] - forward - passing - step, 0.0)
+        self.seconds.copy_(torch.tensor([forward, passing, own, step]))
+        from_first(self.seconds)
         self.known.fill_(True)
 
     # --- the choice ---
 
     def weighed(self) -> Costs:
-        """Costs in seconds where they were measured, spread over tensors by FLOPs; else in FLOPs."""
-        assert self.costs is not None
+        """Costs in seconds where they were measured, spread over tensors by FLOPs, the optimizer's by elements; else in
+        FLOPs."""
+        costs = self.costs
+        assert costs is not None
         if not self.measured:
-            return self.costs
-        forward, passing, own = self.seconds.tolist()
-        all_passing, all_own = sum(self.costs.passing) or 1.0, sum(self.costs.own) or 1.0
+            return costs
+        forward, passing, own, step = self.seconds.tolist()
+        per_flop, per_element = own / (sum(costs.own) or 1.0), step / (sum(costs.elements) or 1.0)
         return Costs(
             forward,
-            [own * cost / all_own for cost in self.costs.own],
-            [passing * cost / all_passing for cost in self.costs.passing],
+            [per_flop * flops + per_element * size for flops, size in zip(costs.own, costs.elements, strict=True)],
+            [passing * flops / (sum(costs.passing) or 1.0) for flops in costs.passing],
+            costs.elements,
         )
 
     def planned(self) -> float:
@@ -158,6 +195,7 @@ class Green(Schedule):
             raise RuntimeError(_impossible(self.rho, costs))
         self.chosen_mask.zero_()
         self.chosen_mask[chosen] = True
+        from_first(self.chosen_mask)  # each process has its own times and lengths, and all must train the same
         self.clock["times"] = {"all": self.clock.get("times", {}).get("all", [])}
         print(
             f"inlay: GreenTrainer trains {len(chosen)} of {len(self.keys)} tensors: planned {self.planned():.1%} of "
@@ -167,7 +205,7 @@ class Green(Schedule):
     def _report(self) -> None:
         times = self.clock.get("times", {})
         if times.get("chosen") and times.get("all"):
-            share = sorted(times["chosen"])[len(times["chosen"]) // 2] / min(times["all"])
+            share = min(times["chosen"]) / min(times["all"])
             print(f"inlay: GreenTrainer: planned {self.planned():.1%}, measured {share:.1%} of a full step's time")
         self.clock["times"] = {}
 
@@ -233,14 +271,27 @@ class _Watch:
             handle.remove()
         outputs = {name for name, role in roles(run.model).items() if role == "o_proj"}
         parameters = run.parameters()
-        forward, own, passing = 0.0, [], []
+        tied = self._rows_elsewhere(run.model, {key: parameters[key] for key in keys})
+        costs = Costs(0.0, [], [], [])
         for key in keys:
             path, _, name = key.rpartition(".")
-            rows, length = self.rows.get(path, (0, 0))
-            product = 2.0 * parameters[key].numel() * rows if name == "weight" else 0.0
+            (rows, length), size = self.rows.get(path, (0, 0)), float(parameters[key].numel())
+            product = 2.0 * size * rows if name == "weight" else 0.0
+            elsewhere = 2.0 * size * tied.get(key, 0)
             attends = name == "weight" and path in outputs
             attention = 2.0 * rows * length * widths(run.model.get_submodule(path))[0] if attends else 0.0
-            forward += product + attention
-            own.append(max(product, float(parameters[key].numel())))
-            passing.append(product + 2.5 * attention)
-        return Costs(forward, own, passing)
+            costs.forward += product + attention + 2 * elsewhere
+            costs.own.append(max(product + elsewhere, size))
+            costs.passing.append(product + 2.5 * attention)
+            costs.elements.append(size)
+        return costs
+
+    def _rows_elsewhere(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
+        """Of each weight by key, the rows that other linears multiply by it: those of a head tied to a table."""
+        names = {id(parameter): key for key, parameter in parameters.items()}
+        found: dict[str, int] = {}
+        for path, (rows, _) in self.rows.items():
+            key = names.get(id(model.get_submodule(path)._parameters.get("weight")))
+            if key is not None and key != f"{path}.weight":
+                found[key] = found.get(key, 0) + rows
+        return found

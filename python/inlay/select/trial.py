@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -39,18 +40,26 @@ def train_some(
 ) -> None:
     """``steps`` steps of AdamW on ``batches``, again and again, in training mode.
 
+    A parameter steps, and its gradient is freed, as soon as a backward has all of it: no two gradients exist at once.
+
     Raises:
         ValueError: there is no batch, or the model returns no loss.
     """
     if not batches:
         raise ValueError("this choice wants calibration data, got none; pass tune(..., calibration=[{...}, ...])")
-    optimizer = AdamW([p for p in parameters], lr=lr, weight_decay=0.0, rounding="residual")
     model.train()
     torch.manual_seed(seed)
-    for batch in islice(cycle(batches), steps):
-        optimizer.zero_grad()
-        loss_of(model, batch).backward()
-        optimizer.step()
+    with ExitStack() as stack:
+        for parameter in parameters:
+            optimizer = AdamW([parameter], lr=lr, weight_decay=0.0, rounding="residual")
+            stack.callback(parameter.register_post_accumulate_grad_hook(partial(_step, optimizer)).remove)
+        for batch in islice(cycle(batches), steps):
+            loss_of(model, batch).backward()
+
+
+def _step(optimizer: AdamW, parameter: Tensor) -> None:
+    optimizer.step()
+    parameter.grad = None
 
 
 def loss_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

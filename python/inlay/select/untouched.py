@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -26,3 +27,26 @@ def untouched(model: nn.Module, training: Iterable[nn.Parameter] = ()) -> Iterat
             parameter.grad = grad
         for module, training_mode in modes.items():
             module.training = training_mode
+
+
+@contextmanager
+def one_at_a_time(
+    model: nn.Module, training: Mapping[str, nn.Parameter], see: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """:func:`untouched`, and each gradient is shown to ``see(name, gradient)`` as soon as a backward has all of it, and
+    freed: no two of them exist at once. A parameter of several names is shown by each."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in training.items():
+        names.setdefault(parameter, []).append(name)
+    with untouched(model, names), ExitStack() as stack:
+        for parameter, held in names.items():
+            hook = partial(_show, names=held, see=see)
+            stack.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
+        yield
+
+
+def _show(parameter: Tensor, names: Iterable[str], see: Callable[[str, Tensor], None]) -> None:
+    gradient, parameter.grad = parameter.grad, None
+    assert gradient is not None  # torch has just accumulated it
+    for name in names:
+        see(name, gradient)

@@ -86,7 +86,8 @@ class OutputAdapter(LinearPiece):
 
     def _changed(self, tensor: Tensor, up: Tensor) -> Tensor:
         """A copy of ``tensor [out, ...]`` behind the adapter, rounded once."""
-        columns = tensor.to(up.dtype).reshape(self.out_features, -1)
+        # a copy: products of memory that a file is mapped to, which begins anywhere, may sum in another order
+        columns = tensor.to(up.dtype, copy=True).reshape(self.out_features, -1)
         changed = columns + up @ self.down(columns.t(), False).t()
         return changed.view(tensor.shape).to(tensor.dtype)
 
