@@ -9,6 +9,7 @@ data: train.jsonl               # formats: inlay.data.formats
 eval_data: test.jsonl           # optional
 max_length: 1024
 packing: true                   # optional: several samples in a row of max_length tokens, kept apart
+padding_free: false             # optional: keep the padding of batches ("auto" drops it where that is proven)
 data_folder: encoded            # optional: encoded samples on disk instead of in memory
 output_dir: out                 # and any other name of transformers.TrainingArguments
 """
@@ -31,6 +32,7 @@ DATA_KEYS = frozenset(
         "train_on_inputs",
         "chat_template",
         "packing",
+        "padding_free",
         "data_folder",
         "preflight",
         "fresh_optimizer",

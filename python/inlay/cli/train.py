@@ -22,7 +22,8 @@ def add_parsers(commands: Any) -> None:
     parser.add_argument(
         "config",
         help="YAML file; keys: model, gguf_file, dtype, method, base, data, eval_data, max_length, train_on_inputs, "
-        "chat_template, packing, data_folder, preflight, fresh_optimizer and transformers' TrainingArguments",
+        "chat_template, packing, padding_free, data_folder, preflight, fresh_optimizer and transformers' "
+        "TrainingArguments",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="override a key: learning_rate=1e-3 method.ratio=0.05"
