@@ -80,6 +80,7 @@ def assert_same_step(model, given, mode, **extra):
 @pytest.mark.parametrize("name", BY_LENGTHS)
 def test_loss_and_gradients_are_those_of_the_padded_batch(name, side):
     model = tuned(name)
+    model.inlay_state.padding_free.logits_unread = True
     assert model.inlay_state.padding_free.why_not(model, TOKENS) is None
     for seed in range(2):
         given = batch(side, seed=seed)
@@ -178,8 +179,11 @@ def test_frozen_blocks_and_evaluation_run_by_lengths_too(monkeypatch):
 
 
 def test_logits_that_are_kept_stand_where_their_tokens_stood():
-    """Granite scales its logits, so that they are not deferred."""
+    """Granite scales its logits, so that they are not deferred; left alone, unless it is said that nobody minds."""
     model, given = tuned("granite"), batch("left")
+    assert step(model, given, "auto")[2] is None and model._loss_function.last == "eager"
+    unfused = inlay.tune(llama(), inlay.S2FT(ratio=0.2), fused_loss=False).train()
+    assert step(unfused, given, "auto")[2] is None
     model.set_padding_free(True)
     logits = model(**given).logits
     assert model.inlay_state.padding_free.computed

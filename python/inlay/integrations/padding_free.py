@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.head import computes_losses_only
+from ..nn.head import FusedCausalLoss, computes_losses_only
 from ..nn.rows import RowMask
 from ..nn.wanted import of_a_library
 from ..sharding import is_sharded
-from .rows_proof import LONGEST_PROOF, why_not_at_all, why_not_by_lengths, why_not_by_positions
+from .rows_proof import LONGEST_PROOF, leaves_logits, why_not_at_all, why_not_by_lengths, why_not_by_positions
 
 logger = logging.getLogger(__name__)
 
@@ -104,12 +104,16 @@ class PaddingFree:
     Attributes:
         mode: "auto" (where samples are proven to run by their lengths), True (also by restarting positions, through a
             mask of the square of the tokens; an error where neither is proven) or False.
+        logits_unread: set by a trainer that reads nothing but the loss. Other callers may read logits wherever the loss
+            leaves any, those at padding too, which a row does not compute; then "auto" leaves padding in.
         computed: positions that the last forward ran in a row, None if it ran as it was given.
     """
 
     def __init__(self) -> None:
         self.mode: bool | str = "auto"
+        self.logits_unread = False
         self.computed: int | None = None
+        self._leaves_logits: bool | None = None
         self._proofs: dict[tuple, tuple[int, str | None]] = {}
         self._told: set[str] = set()
 
@@ -168,6 +172,9 @@ class PaddingFree:
         if (seen := why_shapes_matter(model, kwargs)) is not None:
             self._tell(f"padding stays: {seen}")
             return None
+        if self.mode == "auto" and self._logits_may_be_read(model):
+            self._tell("padding stays: the loss leaves logits, which somebody may read")
+            return None
         longest = 1 << (kwargs["input_ids"].shape[1] - 1).bit_length()
         if (reason := self.why_not(model, longest)) is not None:
             self._tell(f"padding stays: {reason}")
@@ -179,6 +186,15 @@ class PaddingFree:
         self.computed = row.input_ids.numel()
         _put_logits_back(model, row)
         return args, {**kwargs, **row.arguments(self._by_lengths(model, longest) is None)}
+
+    def _logits_may_be_read(self, model: nn.Module) -> bool:
+        if self.logits_unread or computes_losses_only(model):
+            return False
+        if not isinstance(getattr(model, "_loss_function", None), FusedCausalLoss):
+            return True
+        if self._leaves_logits is None:
+            self._leaves_logits = leaves_logits(model)
+        return self._leaves_logits
 
     def _tell(self, line: str) -> None:
         if line not in self._told:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.attention import FusedAttention
-from ..nn.head import FusedCausalLoss
+from ..nn.head import FusedCausalLoss, losses_only
 from ..nn.rows import RowMask
 from ..nn.spans import spans_of
 from ..ops.attention import has_own_kernel, mask_of
@@ -55,6 +55,23 @@ def why_not_by_lengths(model: nn.Module, longest: int) -> str | None:
             return _samples_mix(model) or _masks_differ(model, blocks, longest)
     except Exception as error:
         return f"it does not run with samples in one row ({type(error).__name__}: {' '.join(str(error).split())})"
+
+
+def leaves_logits(model: nn.Module) -> bool:
+    """Whether the fused loss finds logits that the model has done something to, and which it therefore keeps."""
+    from ..data.room import plain_tokens
+
+    loss: Any = model._loss_function
+    ids, last = plain_tokens(model, (1, 4), torch.Generator().manual_seed(0)), loss.last
+    ids = ids.to(next(model.parameters()).device)
+    try:
+        with _evaluating(model), losses_only(model):
+            model(input_ids=ids, labels=ids, use_cache=False)
+        return loss.last != "fused"
+    except Exception:
+        return True  # it wants another input; the first training forward will tell
+    finally:
+        loss.last = last
 
 
 @contextmanager

@@ -48,6 +48,8 @@ class Trainer(transformers.Trainer):
         self.meter = StepTimer()
         self.add_callback(self.meter)
         self._pad_token_id = pad_token_id
+        if (state := state_of(self.model)) is not None:
+            state.padding_free.logits_unread = self.compute_metrics is None
         self._inlay_optimizer = inlay_optimizer
         self._step_loss = 0.0
         self._gradients_checked = False
