@@ -2,7 +2,8 @@
 
 model: path/to/model            # a local folder (or a hub name, where there is a network)
 gguf_file: model.Q4_1.gguf      # optional: a GGUF file in that folder, dequantized
-dtype: auto                     # auto (the checkpoint's), fast (bf16 where the CPU has it), or a torch dtype
+dtype: auto                     # the default: bfloat16 where this machine multiplies it, else float32; or a torch
+                                # dtype, or checkpoint: the one that the weights are stored in
 method: {name: S2FT, ratio: 0.03}
 base: nf4                       # optional: quantize the model first; or {base: nf4, double_quant: true, ...}
 data: train.jsonl               # formats: inlay.data.formats

@@ -42,7 +42,9 @@ def run(args: argparse.Namespace) -> None:
             )
     method = build_method(config.pop("method"))  # before the model: a typo should not cost a minute of loading
     base = build_base(config.pop("base", None))
-    model, tokenizer = load_model(config.pop("model"), config.pop("gguf_file", None), config.pop("dtype", None))
+    model, tokenizer = load_model(
+        config.pop("model"), config.pop("gguf_file", None), config.pop("dtype", None) or "auto"
+    )
     data = {key: config.pop(key) for key in DATA_KEYS & config.keys()}
     finetune(model, tokenizer, data.pop("data"), method=method, base=base, **data, **config)
     print(f"inlay: adapter saved in {config['output_dir']}")

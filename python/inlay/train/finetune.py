@@ -25,6 +25,7 @@ from ..tune import tune
 from .arguments import training_arguments as build_arguments
 from .expected import expected_peak
 from .fits import check_data_fits, warn_if_generation_goes_on
+from .hardware import dtype_line
 from .memory import PeakMemory
 from .preflight import Preflight
 from .processes import check_processes_agree
@@ -270,6 +271,8 @@ def _announce(
     whole = train_on_inputs or data.report.format == "text"
     print(f"inlay: loss on {'every token' if whole else 'completions only'}, {_loss_in_force(model)}")
     print(f"inlay: tuned: {tuned_line(model)}")
+    if (line := dtype_line(model.dtype, model.device.type)) is not None:
+        print(f"inlay: dtype: {line}")
     model.print_trainable_parameters()
 
 
