@@ -11,6 +11,7 @@ eval_data: test.jsonl           # optional
 max_length: 1024
 packing: true                   # optional: several samples in a row of max_length tokens, kept apart
 padding_free: false             # optional: keep the padding of batches ("auto" drops it where that is proven)
+cache_frozen: true              # optional: run frozen blocks once a sample, for runs of several epochs
 data_folder: encoded            # optional: encoded samples on disk instead of in memory
 output_dir: out                 # and any other name of transformers.TrainingArguments
 """
@@ -34,6 +35,7 @@ DATA_KEYS = frozenset(
         "chat_template",
         "packing",
         "padding_free",
+        "cache_frozen",
         "data_folder",
         "preflight",
         "fresh_optimizer",

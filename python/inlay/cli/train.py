@@ -22,7 +22,7 @@ def add_parsers(commands: Any) -> None:
     parser.add_argument(
         "config",
         help="YAML file; keys: model, gguf_file, dtype, method, base, data, eval_data, max_length, train_on_inputs, "
-        "chat_template, packing, padding_free, data_folder, preflight, fresh_optimizer and transformers' "
+        "chat_template, packing, padding_free, cache_frozen, data_folder, preflight, fresh_optimizer and transformers' "
         "TrainingArguments",
     )
     parser.add_argument(

@@ -46,6 +46,8 @@ class Collator:
             "input_ids": _pad(samples, "input_ids", width, self.pad_token_id),
             "labels": _pad(samples, "labels", width, IGNORED),
         }
+        if "number" in samples[0]:
+            batch["number"] = torch.tensor([sample["number"][0] for sample in samples])
         if "position_ids" in samples[0]:  # packed: padding is one more sample, which nothing is learnt from
             rows = [s["position_ids"] + list(range(width - len(s["position_ids"]))) for s in samples]
             batch["position_ids"] = torch.tensor(rows)

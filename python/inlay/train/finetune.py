@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import platform
@@ -25,6 +26,7 @@ from ..tune import tune
 from .arguments import training_arguments as build_arguments
 from .expected import expected_peak
 from .fits import check_data_fits, warn_if_generation_goes_on
+from .frozen_cache import caching, check_cacheable
 from .hardware import dtype_line
 from .memory import PeakMemory
 from .preflight import Preflight
@@ -69,6 +71,7 @@ def finetune(
     chat_template: bool | None = None,
     packing: bool = False,
     padding_free: bool | str = "auto",
+    cache_frozen: bool = False,
     data_folder: str | Path | None = None,
     preflight: bool = True,
     fresh_optimizer: bool = False,
@@ -95,6 +98,8 @@ def finetune(
             stays the same. "auto" does so where the model is proven to keep them apart and inlay's attention runs;
             True also where masks do it, of the square of a batch's tokens; False leaves padding in. Packed rows have
             none.
+        cache_frozen: keep what enters the first trained block in a file of the output_dir, and start there in later
+            epochs; its size is printed first. For models whose lowest blocks are frozen, and draw no random numbers.
         data_folder: keep the encoded samples in files there instead of in memory; what is there already from the same
             data file is used again.
         preflight: run the longest batch before the first step, so that one too long for the memory shows at once.
@@ -108,7 +113,7 @@ def finetune(
     Raises:
         TypeError: an unknown argument, or a model that cannot be trained this way.
         ValueError: no supervised token in the data or in a batch; packing, or padding_free=True, with an attention
-            that mixes samples;
+            that mixes samples; cache_frozen with dropout, a schedule or a trained first block;
             processes that chose different channels; a checkpoint without what it takes to go on exactly.
         RuntimeError, FloatingPointError: a missing or non-finite gradient after the first step; a
             non-finite loss.
@@ -131,7 +136,16 @@ def finetune(
         check_samples_stay_apart(model)
         train_data = train_data.pack(max_length)
     lost = padding_line(model, arguments, padding_free, [d for d in (train_data, held_out) if d is not None])
-    collator = Collator.for_model(model, tokenizer, widest, mask=lost.startswith(DROPPED))
+    states = check_cacheable(model, arguments, train_data) if cache_frozen else None
+    if states is not None:
+        if not training_arguments.get("output_dir"):
+            raise ValueError(
+                "cache_frozen=True wants an output_dir to keep hidden states in, got none; pass output_dir"
+            )
+        train_data = dataclasses.replace(train_data, numbered=True)
+        arguments.remove_unused_columns = False  # numbers are for us, not for the model
+    mask = cache_frozen or lost.startswith(DROPPED)
+    collator = Collator.for_model(model, tokenizer, widest, mask=mask)
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -148,7 +162,8 @@ def finetune(
     if trainer.is_world_process_zero():
         _announce(model, tokenizer, train_data, held_out, train_on_inputs)
         print(f"inlay: padding: {lost}")
-    return run(trainer, save="output_dir" in training_arguments, resume_from_checkpoint=resume)
+    with nullcontext() if states is None else caching(trainer, arguments.output_dir, states):
+        return run(trainer, save="output_dir" in training_arguments, resume_from_checkpoint=resume)
 
 
 def run(trainer: Trainer, *, save: bool, resume_from_checkpoint: str | bool | None = None) -> FinetuneResult:

@@ -47,6 +47,7 @@ class Trainer(transformers.Trainer):
         self.padding = 0
         self.meter = StepTimer()
         self.add_callback(self.meter)
+        self.frozen: Any = None  # the cache of states and the model's Replay, while inlay.train.frozen_cache runs
         self._pad_token_id = pad_token_id
         if (state := state_of(self.model)) is not None:
             state.padding_free.logits_unread = self.compute_metrics is None
@@ -99,6 +100,14 @@ class Trainer(transformers.Trainer):
             check_gradients(model)
             self._gradients_checked = True
         return loss
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        numbers = inputs.pop("number", None)
+        if self.frozen is None or numbers is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        cache, replay = self.frozen
+        with cache.step(replay, numbers, inputs["attention_mask"] != 0):
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _make_room(self, inputs: dict[str, Tensor]) -> None:
         """On a CPU, give back the holes in the heap that a batch of another shape left."""
