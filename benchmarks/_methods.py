@@ -73,6 +73,28 @@ def inlay_whole(name: str, **options: Any) -> Callable[[nn.Module], Built]:
     return build
 
 
+def torch_paca(model: nn.Module) -> Built:
+    """PaCA in plain torch, as many random columns of o_proj and down_proj as S2FT trains; bf16 as the model is."""
+    import _paca
+
+    _paca.install(model, _paca.channels_of_s2ft(model))
+    return Built(model, torch.optim.AdamW(_trainable(model), lr=1e-4))
+
+
+def peft_paca(model: nn.Module) -> Built:
+    """PEFT's PaCA on o_proj and down_proj, with the mean of S2FT's channels, since it takes one number for all."""
+    import _paca
+    import peft
+
+    if not hasattr(peft, "PacaConfig"):
+        raise SystemExit(f"peft-paca: wanted a PEFT with PacaConfig (0.22), got PEFT {peft.__version__}")
+    channels = _paca.channels_of_s2ft(model).values()
+    r = round(sum(channels) / len(channels))
+    config = peft.PacaConfig(r=r, paca_alpha=r, target_modules=["o_proj", "down_proj"], task_type="CAUSAL_LM")
+    tuned = peft.get_peft_model(model, config)
+    return Built(tuned, torch.optim.AdamW(_trainable(tuned), lr=1e-4))
+
+
 def inlay_nf4(model: nn.Module) -> nn.Module:
     """``model`` with its linears in inlay's NF4 with double quantization."""
     from inlay.bases import BaseConfig, quantize_linears
@@ -178,6 +200,8 @@ METHODS: dict[str, Callable[[nn.Module], Built]] = {
     "inlay-ia3": inlay_whole("IA3"),
     "peft-lora": peft_lora,
     "peft-qlora": peft_lora,
+    "peft-paca": peft_paca,
+    "torch-paca": torch_paca,
     "full": full,
     "unsloth-lora": unsloth_lora,
     "unsloth-qlora": unsloth_lora,

@@ -84,7 +84,7 @@ def step_table(name: str, peer: str) -> str:
             f"{row['kept_per_token_per_layer'] / 1000:.1f} KB |"
         )
     floor = sum(result["floor"].values())
-    tokens = int(result["setting"]["batch"]) * int(result["setting"]["seq"])
+    tokens = result.get("floor_tokens", int(result["setting"]["batch"]) * int(result["setting"]["seq"]))
     lines.append("")
     if floor:
         lines.append(

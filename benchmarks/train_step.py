@@ -4,8 +4,15 @@
     python benchmarks/train_step.py --device cuda --model llama-8b --batch 4 --seq 2048
 
 One process per method; on a CPU the processes take turns step by step, so that drift of a shared machine hits all
-alike. Quote ratios of medians. The floor is what no method can save: its matrix products and attention, timed alone
-in the same run.
+alike. Quote ratios of medians. The floor is what no method can save: its matrix products, timed alone in the same run,
+and attention's at their rate.
+
+    python benchmarks/train_step.py --batch 32 --lengths demo         # samples as long as those of `make demo`
+    python benchmarks/train_step.py --isa avx2                        # all methods held to one instruction set
+
+With --lengths every method gets the same samples, step by step: peers a padded batch with its mask and labels,
+as Trainer gives it to them, inlay's methods what inlay.finetune would give them. Tokens are real ones for all. --isa
+sets INLAY_ISA, ONEDNN_MAX_CPU_ISA, ATEN_CPU_CAPABILITY and MKL_ENABLE_INSTRUCTIONS in every process.
 """
 
 from __future__ import annotations
@@ -17,10 +24,18 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+#: What holds inlay, oneDNN, torch's own kernels and MKL to an instruction set. MKL knows bf16 as E3, VNNI as E2.
+ISAS = {
+    "avx2": ("avx2", "AVX2", "avx2", "AVX2"),
+    "avx512": ("avx512", "AVX512_CORE", "avx512", "AVX512_E2"),
+    "avx512_bf16": ("avx512_bf16", "AVX512_CORE_BF16", "avx512", "AVX512_E3"),
+}
+ISA_VARIABLES = ("INLAY_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
 DEFAULT_METHODS = "inlay-s2ft,peft-lora,full,inlay-s2ft-in-place,inlay-lora"
 
 
@@ -31,6 +46,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", default=DEFAULT_METHODS, help="comma-separated; ratios refer to the second")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=256)
+    parser.add_argument("--lengths", default="", choices=["", "demo"], help="recorded lengths, instead of --seq")
+    parser.add_argument("--isa", default="", choices=["", *ISAS], help="hold every method to this instruction set")
     parser.add_argument("--steps", type=int, default=9, help="timed steps per method")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
@@ -50,32 +67,37 @@ def worker(args: argparse.Namespace) -> None:
     if args.worker.startswith("unsloth"):
         import unsloth  # noqa: F401  it changes transformers, and wants to come first
 
+    import _lengths
     import _measure
     import _models
     from _methods import METHODS, load
 
     model = load(args.worker, _models.build(args.model, args.device, getattr(torch, args.dtype)))
-    tokens = torch.randint(0, model.config.vocab_size, (args.batch, args.seq), device=args.device)
+    batches = _batches(args, model.config.vocab_size)
     before = _measure.reset_peak(args.device)
     built = METHODS[args.worker](model)
     built.model.train()
 
     def step() -> dict[str, float]:
+        given = next(batches)
         times = [now(args.device)]
-        loss = built.model(input_ids=tokens, labels=tokens).loss
+        loss = built.model(**given).loss
         times.append(now(args.device))
         loss.backward()
         times.append(now(args.device))
         built.optimizer.step()
         built.optimizer.zero_grad()
         times.append(now(args.device))
-        return {**{k: b - a for k, a, b in zip(PARTS, times, times[1:])}, "loss": float(loss.detach())}
+        parts = {k: b - a for k, a, b in zip(PARTS, times, times[1:])}
+        return {**parts, "loss": float(loss.detach()), "tokens": _lengths.real_tokens(given)}
 
     def kept() -> dict[str, float]:
+        given = next(batches)
         with _measure.kept_bytes(built.model) as result:
-            loss = built.model(input_ids=tokens, labels=tokens).loss
+            loss = built.model(**given).loss
         del loss
-        return {"kept_per_token_per_layer": result["bytes"] / tokens.numel() / model.config.num_hidden_layers}
+        per_token = result["bytes"] / _lengths.real_tokens(given)
+        return {"kept_per_token_per_layer": per_token / model.config.num_hidden_layers}
 
     def peak() -> dict[str, float]:
         trainable = sum(
@@ -87,6 +109,27 @@ def worker(args: argparse.Namespace) -> None:
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         print(json.dumps(answers[line.strip()]()), flush=True)
+
+
+def _lengths_of(args: argparse.Namespace, vocabulary: int) -> list[list[dict[str, Any]]]:
+    """The batches of a run with ``--lengths``: the same for every method."""
+    import _lengths
+
+    return _lengths.draw(args.lengths, args.batch, args.warmup + args.steps + 1, vocabulary)
+
+
+def _batches(args: argparse.Namespace, vocabulary: int) -> Iterator[dict[str, Any]]:
+    """Arguments of the model's forward, step by step."""
+    import _lengths
+    import torch
+
+    if not args.lengths:
+        tokens = torch.randint(0, vocabulary, (args.batch, args.seq), device=args.device)
+        while True:
+            yield {"input_ids": tokens, "labels": tokens}
+    collate = _lengths.as_finetune if args.worker.startswith("inlay-") else _lengths.padded
+    for samples in _lengths_of(args, vocabulary):
+        yield {name: value.to(args.device) for name, value in collate(samples).items()}
 
 
 PARTS = ("forward", "backward", "optimizer")
@@ -108,7 +151,7 @@ class Process:
 
     def __init__(self, args: argparse.Namespace, method: str) -> None:
         command = [sys.executable, __file__, "--worker", method]
-        for option in ("model", "device", "batch", "seq", "dtype"):
+        for option in ("model", "device", "batch", "seq", "dtype", "lengths", "steps", "warmup"):
             command += [f"--{option}", str(getattr(args, option))]
         self.method, self.steps = method, []
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -130,7 +173,7 @@ class Process:
         if timed:
             self.steps.append(result)
 
-    def close(self, tokens: int) -> dict[str, Any]:
+    def close(self) -> dict[str, Any]:
         peak, kept = self.ask("peak", "peak"), self.ask("kept", "kept")
         self.process.stdin.close()
         self.process.wait()
@@ -140,7 +183,7 @@ class Process:
             "method": self.method,
             "trainable": peak["trainable"],
             "step_seconds": total,
-            "tokens_per_second": tokens / total,
+            "tokens_per_second": statistics.median(s["tokens"] / sum(s[part] for part in PARTS) for s in self.steps),
             "peak_bytes_above_model": peak["peak"],
             **kept,
             "parts_seconds": parts,
@@ -158,59 +201,30 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
         for index in range(args.warmup + args.steps):
             for process in processes:
                 process.step(timed=index >= args.warmup)
-        rows += [process.close(args.batch * args.seq) for process in processes]
+        rows += [process.close() for process in processes]
     return rows
 
 
-def floor(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of the products and the attention of one step with every weight frozen: forward and dX, nothing else."""
+def floor(args: argparse.Namespace) -> dict[str, Any]:
+    """``floor``: seconds of the products of a step with every weight frozen; its tokens, the rate of the linears."""
     import torch
-    from torch.nn.functional import scaled_dot_product_attention
-
-    sys.path.insert(0, str(HERE))
+    from _floor import floor as measured
     from _models import SHAPES
 
     if args.model not in SHAPES:
-        return {}
-    shape, dtype, device = SHAPES[args.model], getattr(torch, args.dtype), args.device
-    hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
-    heads, kv = shape["num_attention_heads"], shape["num_key_value_heads"]
-    width = shape.get("head_dim", hidden // heads)
-    tokens = args.batch * args.seq
-    sizes = [(hidden, heads * width), (hidden, kv * width), (hidden, kv * width), (heads * width, hidden)]
-    sizes += [(hidden, inner), (hidden, inner), (inner, hidden)]
-
-    def random(*dims: int, grad: bool = False) -> torch.Tensor:
-        return torch.randn(*dims, dtype=dtype, device=device).requires_grad_(grad)
-
-    def timed(run: Any) -> float:
-        run()
-        times = []
-        for _ in range(5):
-            start = now(device)
-            run()
-            times.append(now(device) - start)
-        return statistics.median(times)
-
-    def product(k: int, n: int, m: int = tokens) -> float:
-        x, w, dy = random(m, k), random(n, k), random(m, n)
-        return timed(lambda: (x @ w.t(), dy @ w))
-
-    query = random(args.batch, heads, args.seq, width, grad=True)
-    key, value = (random(args.batch, kv, args.seq, width, grad=True) for _ in range(2))
-    grad = random(args.batch, heads, args.seq, width)
-
-    def attention() -> None:
-        out = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=heads != kv)
-        torch.autograd.grad(out, (query, key, value), grad)
-
-    result = {"linears": layers * sum(product(k, n) for k, n in sizes), "attention": layers * timed(attention)}
-    chunk = min(tokens, 1024)
-    result["loss_products"] = product(hidden, shape["vocab_size"], chunk) * tokens / chunk
-    return result
+        return {"floor": {}}
+    shape = SHAPES[args.model]
+    lengths, supervised = [args.seq] * args.batch, args.batch * args.seq
+    if args.lengths:  # the batch in the middle of those by tokens, as a median step is
+        batches = _lengths_of(args, shape["vocab_size"])
+        samples = sorted(batches, key=lambda batch: sum(len(s["input_ids"]) for s in batch))[len(batches) // 2]
+        lengths = [len(sample["input_ids"]) for sample in samples]
+        supervised = sum(label != -100 for sample in samples for label in sample["labels"])
+    seconds, rate = measured(shape, lengths, supervised, getattr(torch, args.dtype), args.device)
+    return {"floor": seconds, "floor_tokens": sum(lengths), "products_per_second": rate}
 
 
-def table(rows: list[dict[str, Any]], floors: dict[str, float], tokens: int) -> str:
+def table(rows: list[dict[str, Any]], bound: dict[str, Any]) -> str:
     """The result as Markdown; ratios are to the second row."""
     other = rows[1] if len(rows) > 1 else rows[0]
     lines = [
@@ -225,10 +239,10 @@ def table(rows: list[dict[str, Any]], floors: dict[str, float], tokens: int) -> 
             f"{row['peak_bytes_above_model'] / 2**20:.0f} MiB | {memory:.2f}x | "
             f"{row['kept_per_token_per_layer'] / 1000:.1f} KB | {row['trainable'] / 1e6:.2f} M |"
         )
-    if floors:
-        total = sum(floors.values())
-        detail = ", ".join(f"{name.replace('_', ' ')} {seconds:.3f} s" for name, seconds in floors.items())
-        lines.append(f"\nfloor {total:.3f} s = {tokens / total:.0f} tokens/s ({detail})")
+    if bound["floor"]:
+        total, tokens, rate = sum(bound["floor"].values()), bound["floor_tokens"], bound["products_per_second"]
+        detail = ", ".join(f"{name.replace('_', ' ')} {seconds:.3f} s" for name, seconds in bound["floor"].items())
+        lines.append(f"\nfloor {total:.3f} s = {tokens / total:.0f} tokens/s ({detail}) at {rate / 1e9:.0f} GFLOP/s")
     return "\n".join(lines)
 
 
@@ -237,18 +251,26 @@ def main() -> None:
     if args.worker:
         worker(args)
         return
+    if args.isa:  # before torch is imported, here and in the workers
+        os.environ.update(zip(ISA_VARIABLES, ISAS[args.isa], strict=True))
     sys.path.insert(0, str(HERE))
     import _measure
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    rows, floors = compare(args), floor(args)
+    rows, bound = compare(args), floor(args)
     machine = _measure.provenance(args.device)
     setting = {k: str(v) for k, v in vars(args).items() if k not in ("json", "worker")}
-    print(f"\n{args.model}, {args.batch} x {args.seq} tokens, {args.dtype}; {_measure.describe(machine)}\n")
-    print(table(rows, floors, args.batch * args.seq))
+    shape = (
+        f"{args.batch} samples of the lengths of {args.lengths}"
+        if args.lengths
+        else f"{args.batch} x {args.seq} tokens"
+    )
+    held = f", held to {args.isa}" if args.isa else ""
+    print(f"\n{args.model}, {shape}, {args.dtype}{held}; {_measure.describe(machine)}\n")
+    print(table(rows, bound))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"setting": setting, "machine": machine, "rows": rows, "floor": floors}
+        result = {"setting": setting, "machine": machine, "rows": rows, **bound}
         args.json.write_text(json.dumps(result, indent=2))
 
 

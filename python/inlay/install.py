@@ -105,6 +105,7 @@ def _make_tuned(model: nn.Module, state: TuneState) -> None:
         setattr(model, STATE_ATTRIBUTE, state)
         handle = model.register_load_state_dict_post_hook(check_loaded_keys)
         state.handles += [handle, watch(model), check_at_first_training_forward(model, tuned_linears)]
+        state.handles.append(model.register_forward_pre_hook(state.padding_free.drop, with_kwargs=True))
 
 
 def adopt_bitsandbytes(model: nn.Module) -> None:

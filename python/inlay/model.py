@@ -56,6 +56,11 @@ class TunedModel(Mixed):
         """Make these adapters the active, trainable ones; the others stay loaded, frozen."""
         activate(self, (adapter_name,) if isinstance(adapter_name, str) else adapter_name)
 
+    def set_padding_free(self, mode: bool | str) -> None:
+        """Whether training drops the padding of batches: "auto" (where it is proven that samples of one row run by
+        their lengths), True (or an error) or False; see :mod:`inlay.integrations.padding_free`."""
+        require_state(self, "set_padding_free").padding_free.set(mode)
+
     def active_adapters(self) -> list[str]:
         """Names of the active adapters."""
         return list(require_state(self, "active_adapters").active)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .bases import BaseConfig, QuantizedWeight
+from .integrations.padding_free import PaddingFree
 from .methods import Method
 from .nn.head import remove_head
 from .nn.holder import Holder
@@ -40,6 +41,7 @@ class TuneState:
         fingerprint: marks of many more, to measure how far a base is off; see :mod:`inlay.fingerprint`.
         base: how ``tune(base=...)`` or ``load(base=...)`` quantized the model, None if they did not.
         handles: hooks installed on the model; each has ``remove()``.
+        padding_free: whether training drops the padding of batches.
     """
 
     methods: dict[str, Method] = field(default_factory=dict)
@@ -48,6 +50,7 @@ class TuneState:
     fingerprint: dict[str, Any] = field(default_factory=dict)
     base: BaseConfig | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
+    padding_free: PaddingFree = field(default_factory=PaddingFree)
 
 
 def state_of(model: nn.Module) -> TuneState | None:

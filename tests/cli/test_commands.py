@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 import yaml
 from toys import build_model, build_tokenizer
 
@@ -144,3 +145,24 @@ def test_help_of_train_shows_a_config(capsys):
     shown = capsys.readouterr().out
     example = "\n".join(line[2:] for line in shown[shown.index("  model:") :].splitlines())
     assert set(yaml.safe_load(example)) >= {"model", "method", "data", "output_dir"}
+
+
+@pytest.mark.parametrize("fast", ["bfloat16", "float32"])
+def test_auto_trains_in_the_fast_dtype_and_merges_as_stored(workplace, tmp_path, capsys, monkeypatch, fast):
+    """The checkpoint is float32; so is what is merged into it."""
+    from safetensors import safe_open
+
+    monkeypatch.setattr("inlay.train.best_dtype", lambda: getattr(torch, fast))
+    monkeypatch.setattr("inlay.train.hardware.best_dtype", lambda device: getattr(torch, fast))
+    config, output = str(workplace / "cfg.yaml"), f"output_dir={tmp_path / 'adapter'}"
+    assert main(["train", config, output]) == 0
+    assert f"inlay: dtype: {fast}" in capsys.readouterr().out
+    assert main(["train", config, output, "dtype=float32"]) == 0
+    assert "inlay: dtype: float32" in capsys.readouterr().out
+    assert main(["train", config, output, "dtype=checkpoint"]) == 0
+    assert "inlay: dtype: float32" in capsys.readouterr().out
+    arguments = [config, "--adapter", str(tmp_path / "adapter")]
+    for name, extra in (("stored", []), ("auto", ["--dtype", "auto"])):
+        assert main(["merge", *arguments, "--output", str(tmp_path / name), *extra]) == 0
+        with safe_open(tmp_path / name / "model.safetensors", "pt") as file:
+            assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float32}  # noqa: SIM118

@@ -52,11 +52,47 @@ def test_a_run_does_not_fail_for_want_of_an_estimate(monkeypatch, capsys):
 def test_padding_and_tokens_are_counted_exactly():
     tokenizer = build_tokenizer()
     data = prepare(RECORDS, tokenizer)
-    result = finetune(tuned(), tokenizer, data, per_device_train_batch_size=10, max_steps=1, disable_tqdm=True)
     lengths = [len(sample["input_ids"]) for sample in data.samples]
     assert 8 < max(lengths) <= 16  # one batch of 10 x 16
-    assert result.padding_fraction == pytest.approx(1 - sum(lengths) / 160)
-    assert result.tokens_per_second * result.seconds == pytest.approx(sum(lengths))
+    for padding_free, computed in ((False, 160), ("auto", -(-sum(lengths) // 8) * 8)):
+        options = {"per_device_train_batch_size": 10, "max_steps": 1, "disable_tqdm": True}
+        result = finetune(tuned(), tokenizer, data, padding_free=padding_free, **options)
+        assert result.padding_fraction == pytest.approx(1 - sum(lengths) / computed)
+        assert result.tokens_per_second * result.seconds == pytest.approx(sum(lengths))
+
+
+def test_without_padding_a_run_is_the_same(capsys, tmp_path):
+    """Losses and weights of steps of two batches each, and the loss on held-out records."""
+    options = QUICK | {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_steps": 6}
+    options |= {"train_sampling_strategy": "group_by_length", "eval_data": RECORDS[:4], "per_device_eval_batch_size": 3}
+    padded, free = tuned(), tuned()
+    runs = [
+        finetune(model, build_tokenizer(), RECORDS, padding_free=mode, **options)
+        for model, mode in ((padded, False), (free, "auto"))
+    ]
+    out = capsys.readouterr().out
+    assert "padding: stays: padding_free=False" in out
+    assert "padding: dropped: samples run by their lengths in one row" in out
+    assert runs[1].padding_fraction < 0.5 * runs[0].padding_fraction
+    assert runs[0].losses == pytest.approx(runs[1].losses, abs=1e-4)
+    assert runs[0].eval_losses == pytest.approx(runs[1].eval_losses, abs=1e-4)
+    for (name, a), b in zip(trainables(padded).items(), trainables(free).values(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_padding_stays_where_something_minds_and_true_refuses(capsys):
+    quick = QUICK | {"max_steps": 1}
+    finetune(tuned(), build_tokenizer(), RECORDS, neftune_noise_alpha=5.0, **quick)
+    assert "padding: stays, because of neftune_noise_alpha" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="padding_free=True: rows of another shape do not go with neftune"):
+        finetune(tuned(), build_tokenizer(), RECORDS, neftune_noise_alpha=5.0, padding_free=True, **quick)
+    model = tuned()
+    model.model.layers[0].register_forward_hook(lambda m, args, y: None)
+    result = finetune(model, build_tokenizer(), RECORDS, **quick)
+    assert "padding: stays: a hook on model.layers.0 sees hidden states" in capsys.readouterr().out
+    assert result.padding_fraction > 0.1
+    finetune(tuned(), build_tokenizer(), RECORDS, packing=True, **quick)
+    assert "padding: none: rows are packed" in capsys.readouterr().out
 
 
 def test_a_method_tunes_a_plain_model():
@@ -102,7 +138,7 @@ def test_eight_bit_states_are_ours(tmp_path, monkeypatch):
 def test_packing_trains_on_the_same_tokens_with_less_padding(tmp_path):
     records = [{"prompt": f"{word}:", "completion": f" {word[::-1]}" * count} for count, word in enumerate(WORDS, 1)]
     options = QUICK | {"per_device_train_batch_size": 2, "max_steps": 6, "max_length": 64}
-    plain = finetune(tuned(), build_tokenizer(), records, **options)
+    plain = finetune(tuned(), build_tokenizer(), records, padding_free=False, **options)
     folder = tmp_path / "encoded"
     packed = finetune(tuned(), build_tokenizer(), records, packing=True, data_folder=folder, **options)
     assert packed.padding_fraction < plain.padding_fraction / 2
@@ -168,7 +204,12 @@ def test_the_output_dir_holds_the_adapter_and_the_record_of_the_run(tmp_path):
 def test_length_grouping_puts_the_longest_sample_first():
     seen = []
     model = tuned()
-    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+
+    def note(_, args, kwargs):
+        if model.training:
+            seen.append(kwargs["input_ids"].shape[1])
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
     records = [*RECORDS, {"prompt": "the mat " * 9, "completion": "sat"}]
     finetune(model, build_tokenizer(), records, train_sampling_strategy="group_by_length", preflight=False, **QUICK)
     assert seen[0] == max(seen) > seen[1]

@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from inlay.train import PeakMemory, best_cpu_dtype, hardware
+from inlay.train import PeakMemory, best_cpu_dtype, best_dtype, hardware
 
 MB = 2**20
 
@@ -32,4 +32,25 @@ def test_peak_counts_what_was_freed_and_not_what_came_before():
 )
 def test_bf16_only_where_the_cpu_has_it(monkeypatch, flags, dtype):
     monkeypatch.setattr(hardware, "_cpu_flags", lambda: flags)
-    assert best_cpu_dtype() == dtype
+    assert best_cpu_dtype() == best_dtype("cpu") == dtype
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((9, 0), torch.bfloat16), ((7, 5), torch.float32)])
+def test_bf16_only_where_the_gpu_has_it(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert best_dtype("cuda") == best_dtype() == dtype
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_what_is_said_of_a_dtype(monkeypatch, has_bf16):
+    monkeypatch.setattr(hardware, "_cpu_flags", lambda: {"avx512_bf16"} if has_bf16 else set())
+    monkeypatch.setattr(hardware, "_seconds", lambda dtype, device: {torch.float32: 6.0, torch.bfloat16: 2.0}[dtype])
+    plain, half = hardware.dtype_line(torch.float32), hardware.dtype_line(torch.bfloat16)
+    assert "products run 3.0x as fast in bfloat16" in half and ("emulated" in half) != has_bf16
+    assert plain == ("float32" if not has_bf16 else plain) and ('dtype="bfloat16"' in plain) == has_bf16
+    assert hardware.dtype_line(torch.float16) is None
+
+
+def test_the_factor_is_timed_and_not_made_up():
+    assert 0.01 < hardware.bf16_products() < 100

@@ -65,7 +65,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
     prompts = _read_prompts(args.prompts) if args.prompts else list(DEFAULT_PROMPTS)
     model, tokenizer = _load_tuned(args)
-    plain, _ = load_model(args.merged, dtype=args.dtype)
+    plain, _ = load_model(args.merged, dtype=_as_stored(args.dtype))
     result = verify(model, plain, prompts, tokenizer=tokenizer)
     print(f"inlay: {result}")
     # In bf16 a merge rounds once more than base + adapter does, and a near-tie may then go the other
@@ -79,8 +79,13 @@ def _load_tuned(args: argparse.Namespace) -> tuple[Any, Any]:
     args = fill_from_config(args)
     if args.adapter is None:
         raise ValueError("wanted an adapter, got none; pass --adapter FOLDER or a training config with output_dir")
-    model, tokenizer = load_model(args.model, args.gguf_file, args.dtype)
+    model, tokenizer = load_model(args.model, args.gguf_file, _as_stored(args.dtype))
     return load(model, args.adapter).eval(), tokenizer
+
+
+def _as_stored(dtype: str | None) -> str | None:
+    """What is written keeps the checkpoint's dtype, unless one is named: "auto" is for what is computed."""
+    return None if dtype == "auto" else dtype
 
 
 def _is_dense(model: str) -> bool:

@@ -2,13 +2,16 @@
 
 model: path/to/model            # a local folder (or a hub name, where there is a network)
 gguf_file: model.Q4_1.gguf      # optional: a GGUF file in that folder, dequantized
-dtype: auto                     # auto (the checkpoint's), fast (bf16 where the CPU has it), or a torch dtype
+dtype: auto                     # the default: bfloat16 where this machine multiplies it, else float32; or a torch
+                                # dtype, or checkpoint: the one that the weights are stored in
 method: {name: S2FT, ratio: 0.03}
 base: nf4                       # optional: quantize the model first; or {base: nf4, double_quant: true, ...}
 data: train.jsonl               # formats: inlay.data.formats
 eval_data: test.jsonl           # optional
 max_length: 1024
 packing: true                   # optional: several samples in a row of max_length tokens, kept apart
+padding_free: false             # optional: keep the padding of batches ("auto" drops it where that is proven)
+cache_frozen: true              # optional: run frozen blocks once a sample, for runs of several epochs
 data_folder: encoded            # optional: encoded samples on disk instead of in memory
 output_dir: out                 # and any other name of transformers.TrainingArguments
 """
@@ -31,6 +34,8 @@ DATA_KEYS = frozenset(
         "train_on_inputs",
         "chat_template",
         "packing",
+        "padding_free",
+        "cache_frozen",
         "data_folder",
         "preflight",
         "fresh_optimizer",

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     args = fill_from_config(args)
-    model, tokenizer = load_model(args.model, args.gguf_file, args.dtype)
+    model, tokenizer = load_model(args.model, args.gguf_file, args.dtype or "auto")
     if args.adapter and not args.base:
         from ..tune import load
 

@@ -14,7 +14,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, adapter: bool) -> No
     parser.add_argument("config", nargs="?", help="training config to take model and adapter from")
     parser.add_argument("--model", help="folder of the base model")
     parser.add_argument("--gguf-file", help="GGUF file in that folder, dequantized on load")
-    parser.add_argument("--dtype", help="auto, fast, bfloat16, float32, ... (default: auto)")
+    parser.add_argument("--dtype", help="auto, checkpoint, bfloat16, float32, ...: see inlay.cli.config")
     if adapter:
         parser.add_argument("--adapter", help="folder of the adapter (default: the config's output_dir)")
 
@@ -44,7 +44,7 @@ def load_model(path: str, gguf_file: str | None = None, dtype: str | None = None
             raise FileNotFoundError(f"wanted the GGUF file {gguf_file} in {path}, got no such file")
         if options["dtype"] == "auto":
             # A GGUF file has no dtype of its own to dequantize to.
-            options["dtype"] = torch_dtype("fast")
+            options["dtype"] = torch_dtype("auto")
         options |= {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
         model = AutoModelForCausalLM.from_pretrained(path, **options)
     else:  # ours, so that a checkpoint that bitsandbytes quantized needs no bitsandbytes
@@ -54,17 +54,18 @@ def load_model(path: str, gguf_file: str | None = None, dtype: str | None = None
 
 
 def torch_dtype(name: str | None) -> Any:
-    """'auto', or a torch dtype from its name; 'fast' is bf16 where the CPU computes in it, else fp32."""
+    """A torch dtype from its name: "auto" is bf16 where this machine multiplies it, else fp32. For "checkpoint", or
+    without a name, transformers' "auto": the one that the weights are stored in."""
     import torch
 
-    from ..train import best_cpu_dtype
+    from ..train import best_dtype
 
-    if name in (None, "auto"):
+    if name in (None, "checkpoint"):
         return "auto"
-    if name == "fast":
-        return torch.bfloat16 if torch.cuda.is_available() else best_cpu_dtype()
+    if name in ("auto", "fast"):
+        return best_dtype()
     names = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
     dtype = getattr(torch, names.get(str(name), str(name)), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"wanted a dtype (auto, fast, bfloat16, float32, float16), got {name!r}")
+        raise ValueError(f"wanted a dtype (auto, checkpoint, bfloat16, float32, float16), got {name!r}")
     return dtype

@@ -22,7 +22,8 @@ def add_parsers(commands: Any) -> None:
     parser.add_argument(
         "config",
         help="YAML file; keys: model, gguf_file, dtype, method, base, data, eval_data, max_length, train_on_inputs, "
-        "chat_template, packing, data_folder, preflight, fresh_optimizer and transformers' TrainingArguments",
+        "chat_template, packing, padding_free, cache_frozen, data_folder, preflight, fresh_optimizer and transformers' "
+        "TrainingArguments",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="override a key: learning_rate=1e-3 method.ratio=0.05"
@@ -41,7 +42,9 @@ def run(args: argparse.Namespace) -> None:
             )
     method = build_method(config.pop("method"))  # before the model: a typo should not cost a minute of loading
     base = build_base(config.pop("base", None))
-    model, tokenizer = load_model(config.pop("model"), config.pop("gguf_file", None), config.pop("dtype", None))
+    model, tokenizer = load_model(
+        config.pop("model"), config.pop("gguf_file", None), config.pop("dtype", None) or "auto"
+    )
     data = {key: config.pop(key) for key in DATA_KEYS & config.keys()}
     finetune(model, tokenizer, data.pop("data"), method=method, base=base, **data, **config)
     print(f"inlay: adapter saved in {config['output_dir']}")

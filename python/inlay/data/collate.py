@@ -28,13 +28,14 @@ class Collator:
     widest: int | None = None  # positions of the model: padding stays below
 
     @classmethod
-    def for_model(cls, model: Any, tokenizer: Any, widest: int | None = None) -> Collator:
+    def for_model(cls, model: Any, tokenizer: Any, widest: int | None = None, mask: bool = False) -> Collator:
+        """``mask``: pass an attention mask although the model could go without; padding is dropped by it."""
         pad, rows = tokenizer.pad_token_id, embedding_rows(model)
         # Any id that has a row will do where nothing is ever read; EOS exists for every tokenizer we accept, and a pad
         # token may have been added to the tokenizer alone.
         if pad is None or (rows is not None and pad >= rows):
             pad = tokenizer.eos_token_id
-        return cls(pad, attention_mask=needs_attention_mask(model), widest=widest)
+        return cls(pad, attention_mask=mask or needs_attention_mask(model), widest=widest)
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         longest = max(len(sample["input_ids"]) for sample in samples)
@@ -45,6 +46,8 @@ class Collator:
             "input_ids": _pad(samples, "input_ids", width, self.pad_token_id),
             "labels": _pad(samples, "labels", width, IGNORED),
         }
+        if "number" in samples[0]:
+            batch["number"] = torch.tensor([sample["number"][0] for sample in samples])
         if "position_ids" in samples[0]:  # packed: padding is one more sample, which nothing is learnt from
             rows = [s["position_ids"] + list(range(width - len(s["position_ids"]))) for s in samples]
             batch["position_ids"] = torch.tensor(rows)

@@ -47,16 +47,17 @@ class DataReport:
 
 @dataclass
 class TrainingData:
-    """A map-style data set of {input_ids, labels}; packed rows also have position_ids."""
+    """A map-style data set of {input_ids, labels}; packed rows also have position_ids, numbered samples a number."""
 
     samples: Sequence[Sample]
     report: DataReport
+    numbered: bool = False
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Sample:
-        return self.samples[index]
+        return {**self.samples[index], "number": [index]} if self.numbered else self.samples[index]
 
     @property
     def lengths(self) -> list[int]:
@@ -77,7 +78,7 @@ class TrainingData:
         """A fingerprint of all samples, in order."""
         digest = hashlib.sha256()
         for index in range(len(self)):
-            digest.update(json.dumps(self[index]).encode())
+            digest.update(json.dumps(self.samples[index]).encode())
         return digest.hexdigest()
 
 

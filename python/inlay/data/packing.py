@@ -9,7 +9,7 @@ tried before training (:func:`check_samples_stay_apart`), because one that does 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -72,12 +72,17 @@ class PackedSamples(Sequence[Sample]):
 
 
 @torch.no_grad()
-def check_samples_stay_apart(model: nn.Module, length: int = 6) -> None:
-    """Raise ValueError unless a packed sample's logits ignore its neighbour and equal those it has alone.
+def logits_of_neighbours(
+    model: nn.Module, length: int = 6, mask: Callable[[Tensor], Tensor] | None = None
+) -> tuple[float, float]:
+    """How far a sample's logits depend on its neighbour in a row, and differ from those it has alone; both relative.
 
     Two random samples in one row, once after each of two different first samples, and once alone.
+
+    Args:
+        mask: makes the attention mask of a row from where each token's sample starts, int64 ``[N]``; without it
+            restarting positions alone tell samples apart.
     """
-    config: Any = model.config
     first, other, second = plain_tokens(model, (3, length), torch.Generator().manual_seed(0))
     device = next(model.parameters()).device
     positions = torch.arange(length)
@@ -85,20 +90,27 @@ def check_samples_stay_apart(model: nn.Module, length: int = 6) -> None:
     def logits(*samples: Tensor) -> Tensor:
         ids = torch.cat(samples).unsqueeze(0).to(device)
         places = positions.repeat(len(samples)).unsqueeze(0).to(device)
-        return model(input_ids=ids, position_ids=places, use_cache=False).logits[0, -length:].float()
+        extra = {} if mask is None else {"attention_mask": mask(torch.arange(ids.shape[1], device=device) - places[0])}
+        return model(input_ids=ids, position_ids=places, use_cache=False, **extra).logits[0, -length:].float()
 
+    after_one, after_another, alone = logits(first, second), logits(other, second), logits(second)
+    size = alone.abs().max().clamp_min(1e-6)
+    return float((after_one - after_another).abs().max() / size), float((after_one - alone).abs().max() / size)
+
+
+def check_samples_stay_apart(model: nn.Module, length: int = 6) -> None:
+    """Raise ValueError unless a packed sample's logits ignore its neighbour and equal those it has alone."""
+    config: Any = model.config
     was_training = model.training
     model.eval()
     try:
-        after_one, after_another, alone = logits(first, second), logits(other, second), logits(second)
+        leak, shift = logits_of_neighbours(model, length)
     finally:
         model.train(was_training)
-    size = alone.abs().max().clamp_min(1e-6)
-    leak, shift = (after_one - after_another).abs().max() / size, (after_one - alone).abs().max() / size
     if leak > 1e-3 or shift > 5e-2:  # a leak changes nothing but rounding; being alone may take another kernel
         attention = getattr(config, "_attn_implementation", "unknown")
         raise ValueError(
             f"packing=True: this {type(model).__name__} with {attention!r} attention lets packed samples see each "
-            f"other (logits change by {float(max(leak, shift)):.1%} with the neighbour); load it with "
+            f"other (logits change by {max(leak, shift):.1%} with the neighbour); load it with "
             'attn_implementation="sdpa" or "flash_attention_2", or leave packing out'
         )

@@ -21,6 +21,7 @@ from ..ops.attention import attention, has_own_kernel
 from ..ops.rope import rope
 from .mixed import Mixed
 from .probe import close, generator, same_at_all_sizes, shallow, takes_only
+from .rows import RowMask
 from .spans import spans_of
 from .stack import linears_of
 
@@ -56,9 +57,13 @@ class FusedAttention(Mixed):
         dropout = self.inlay_dropout if self.training else 0.0
         extra = {**self.inlay_attention_kwargs, **kwargs}
         own, spans = dropout == 0.0 and own_attention_pays(self, (query, key, value), attention_mask, extra), None
-        if own and attention_mask is not None:
+        if own and isinstance(attention_mask, RowMask):
+            spans = attention_mask.spans(extra.get("sliding_window"))
+        elif own and attention_mask is not None:
             spans = spans_of(attention_mask)
             own = spans is not None
+        elif isinstance(attention_mask, RowMask):
+            attention_mask = attention_mask.mask(extra.get("sliding_window"))
         if own:
             output, weights = attention(query, key, value, extra.get("scaling"), spans).transpose(1, 2), None
         else:
@@ -78,7 +83,8 @@ _PROJECTIONS = (*FusedAttention.inlay_same_input, "o_proj")
 def own_attention_pays(
     module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, extra: dict[str, Any]
 ) -> bool:
-    """True where SDPA was asked for, a gradient will be, and our own kernels are faster for what the mask says.
+    """True where SDPA was asked for, and our own kernels are faster for what the mask says: where a gradient will be
+    asked for, or samples lie in one row, of whose scores torch would form the square.
 
     Without a mask transformers' SDPA is causal unless told otherwise; a sliding window that matters comes as a mask.
     """
@@ -86,7 +92,7 @@ def own_attention_pays(
     causal = query.shape[2] == key.shape[2] > 1 and extra.get("is_causal", getattr(module, "is_causal", True))
     return (
         module.config._attn_implementation == "sdpa"
-        and any(t.requires_grad for t in qkv)
+        and (isinstance(mask, RowMask) or any(t.requires_grad for t in qkv))
         and has_own_kernel(query)
         and (mask is not None or causal in (True, None))
         and not any(extra.get(name) is not None for name in ("softcap", "position_bias", "cache"))

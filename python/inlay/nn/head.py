@@ -201,6 +201,12 @@ def losses_only(model: nn.Module) -> Iterator[None]:
             head.inlay_loss_only = False
 
 
+def computes_losses_only(model: nn.Module) -> bool:
+    """Whether ``model`` is called within :func:`losses_only`."""
+    get = getattr(model, "get_output_embeddings", None)
+    return bool(getattr(get() if callable(get) else None, "inlay_loss_only", False))
+
+
 def remove_head(model: nn.Module) -> None:
     """Undo what :func:`install_head` did to the loss; the mixin goes with the others."""
     if isinstance(getattr(model, "_loss_function", None), FusedCausalLoss):

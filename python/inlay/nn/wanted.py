@@ -68,11 +68,13 @@ def _mark(module: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling() or not isinstance(output, Tensor) or not output.is_leaf:
         return
     _running.prune()
-    if _running.calls and all(_of_a_library(hook) for hook in module._forward_hooks.values()):
+    if _running.calls and all(of_a_library(hook) for hook in module._forward_hooks.values()):
         output.inlay_artificial = _running.token
 
 
-def _of_a_library(hook: Any) -> bool:
+def of_a_library(hook: Any) -> bool:
+    """Whether a hook was put on a module by a library rather than by the user."""
+    hook = getattr(hook, "func", hook)
     return str(getattr(hook, "__module__", "")).split(".")[0] in _LIBRARIES
 
 

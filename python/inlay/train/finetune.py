@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import platform
@@ -17,13 +18,16 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..coverage import tuned_line
 from ..data import Collator, TrainingData, check_samples_stay_apart, prepare, show_mask
 from ..data.formats import RecordSource
+from ..integrations.padding_free import why_shapes_matter
 from ..nn.head import FusedCausalLoss
 from ..schedules import active_schedules
-from ..state import state_of
+from ..state import require_state, state_of
 from ..tune import tune
 from .arguments import training_arguments as build_arguments
 from .expected import expected_peak
 from .fits import check_data_fits, warn_if_generation_goes_on
+from .frozen_cache import caching, check_cacheable
+from .hardware import dtype_line
 from .memory import PeakMemory
 from .preflight import Preflight
 from .processes import check_processes_agree
@@ -66,6 +70,8 @@ def finetune(
     train_on_inputs: bool = False,
     chat_template: bool | None = None,
     packing: bool = False,
+    padding_free: bool | str = "auto",
+    cache_frozen: bool = False,
     data_folder: str | Path | None = None,
     preflight: bool = True,
     fresh_optimizer: bool = False,
@@ -88,6 +94,12 @@ def finetune(
             completion as they are.
         packing: put several samples in a row of `max_length` tokens, none of which sees another (tried before
             training). Saves the padding of samples of unequal length.
+        padding_free: drop the padding of batches before the first block and run samples by their lengths; the loss
+            stays the same. "auto" does so where the model is proven to keep them apart and inlay's attention runs;
+            True also where masks do it, of the square of a batch's tokens; False leaves padding in. Packed rows have
+            none.
+        cache_frozen: keep what enters the first trained block in a file of the output_dir, and start there in later
+            epochs; its size is printed first. For models whose lowest blocks are frozen, and draw no random numbers.
         data_folder: keep the encoded samples in files there instead of in memory; what is there already from the same
             data file is used again.
         preflight: run the longest batch before the first step, so that one too long for the memory shows at once.
@@ -100,7 +112,8 @@ def finetune(
 
     Raises:
         TypeError: an unknown argument, or a model that cannot be trained this way.
-        ValueError: no supervised token in the data or in a batch; packing with an attention that mixes samples;
+        ValueError: no supervised token in the data or in a batch; packing, or padding_free=True, with an attention
+            that mixes samples; cache_frozen with dropout, a schedule or a trained first block;
             processes that chose different channels; a checkpoint without what it takes to go on exactly.
         RuntimeError, FloatingPointError: a missing or non-finite gradient after the first step; a
             non-finite loss.
@@ -122,7 +135,17 @@ def finetune(
     if packing:
         check_samples_stay_apart(model)
         train_data = train_data.pack(max_length)
-    collator = Collator.for_model(model, tokenizer, widest)
+    lost = padding_line(model, arguments, padding_free, [d for d in (train_data, held_out) if d is not None])
+    states = check_cacheable(model, arguments, train_data) if cache_frozen else None
+    if states is not None:
+        if not training_arguments.get("output_dir"):
+            raise ValueError(
+                "cache_frozen=True wants an output_dir to keep hidden states in, got none; pass output_dir"
+            )
+        train_data = dataclasses.replace(train_data, numbered=True)
+        arguments.remove_unused_columns = False  # numbers are for us, not for the model
+    mask = cache_frozen or lost.startswith(DROPPED)
+    collator = Collator.for_model(model, tokenizer, widest, mask=mask)
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -138,7 +161,9 @@ def finetune(
         trainer.add_callback(Preflight(trainer))
     if trainer.is_world_process_zero():
         _announce(model, tokenizer, train_data, held_out, train_on_inputs)
-    return run(trainer, save="output_dir" in training_arguments, resume_from_checkpoint=resume)
+        print(f"inlay: padding: {lost}")
+    with nullcontext() if states is None else caching(trainer, arguments.output_dir, states):
+        return run(trainer, save="output_dir" in training_arguments, resume_from_checkpoint=resume)
 
 
 def run(trainer: Trainer, *, save: bool, resume_from_checkpoint: str | bool | None = None) -> FinetuneResult:
@@ -171,6 +196,38 @@ def run(trainer: Trainer, *, save: bool, resume_from_checkpoint: str | bool | No
             _write_record(trainer, result)
         print(f"inlay: {result}")
     return result
+
+
+DROPPED = "dropped"
+
+
+def padding_line(model: Any, arguments: Any, padding_free: bool | str, data: list[TrainingData]) -> str:
+    """Set ``padding_free`` on the model; what becomes of padding, in words that begin with :data:`DROPPED` if so.
+
+    Raises:
+        ValueError: ``padding_free=True`` where samples are not proven to stay apart in one row.
+    """
+    setting = require_state(model, "finetune").padding_free
+    setting.set(padding_free)
+    unpacked = [each for each in data if not each.packed]
+    if not unpacked:
+        return "none: rows are packed"
+    if padding_free is not False and (asked := _minds_shapes(arguments)) is not None:
+        if padding_free is True:
+            raise ValueError(f"padding_free=True: rows of another shape do not go with {asked}; leave one of them out")
+        setting.set(False)
+        return f"stays, because of {asked}"
+    longest = max(max(each.lengths, default=0) for each in unpacked)
+    reason = why_shapes_matter(model, {}) or setting.why_not(model, longest)
+    return f"{DROPPED}: samples run by their lengths in one row" if reason is None else f"stays: {reason}"
+
+
+def _minds_shapes(arguments: Any) -> str | None:
+    if arguments.torch_compile:
+        return "torch_compile: every batch would be compiled anew"
+    if arguments.neftune_noise_alpha is not None:
+        return "neftune_noise_alpha, whose noise is scaled by the padded length"
+    return None
 
 
 def check_resumable(resume: str | bool, output_dir: str) -> None:
@@ -229,6 +286,8 @@ def _announce(
     whole = train_on_inputs or data.report.format == "text"
     print(f"inlay: loss on {'every token' if whole else 'completions only'}, {_loss_in_force(model)}")
     print(f"inlay: tuned: {tuned_line(model)}")
+    if (line := dtype_line(model.dtype, model.device.type)) is not None:
+        print(f"inlay: dtype: {line}")
     model.print_trainable_parameters()
 
 

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from ..data.collate import count_padding
 from ..data.masking import IGNORED
 from ..data.sampling import LengthGroupedSampler
+from ..integrations.padding_free import row_width
 from ..nn.head import losses_only
 from ..schedules import may_train
 from ..state import state_of
@@ -46,11 +47,14 @@ class Trainer(transformers.Trainer):
         self.padding = 0
         self.meter = StepTimer()
         self.add_callback(self.meter)
+        self.frozen: Any = None  # the cache of states and the model's Replay, while inlay.train.frozen_cache runs
         self._pad_token_id = pad_token_id
+        if (state := state_of(self.model)) is not None:
+            state.padding_free.logits_unread = self.compute_metrics is None
         self._inlay_optimizer = inlay_optimizer
         self._step_loss = 0.0
         self._gradients_checked = False
-        self._last_shape: torch.Size | None = None
+        self._last_shape: tuple[int, ...] | None = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self._inlay_optimizer:
@@ -86,9 +90,10 @@ class Trainer(transformers.Trainer):
         )
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
-        self._count(inputs)
-        self._make_room(inputs["input_ids"])
+        self._check_supervised(inputs)
+        self._make_room(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self._count(inputs)
         self._record(float(loss))
         if not self._gradients_checked and self.accelerator.sync_gradients:
             # Here, before clipping: one NaN would make the norm NaN, and with it every gradient.
@@ -96,30 +101,45 @@ class Trainer(transformers.Trainer):
             self._gradients_checked = True
         return loss
 
-    def _make_room(self, ids: Tensor) -> None:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        numbers = inputs.pop("number", None)
+        if self.frozen is None or numbers is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        cache, replay = self.frozen
+        with cache.step(replay, numbers, inputs["attention_mask"] != 0):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _make_room(self, inputs: dict[str, Tensor]) -> None:
         """On a CPU, give back the holes in the heap that a batch of another shape left."""
-        if ids.device.type == "cpu" and ids.shape != self._last_shape:
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        shape = (*ids.shape, -1 if mask is None else row_width(int(mask.sum())))
+        if ids.device.type == "cpu" and shape != self._last_shape:
             return_free_memory()
-            self._last_shape = ids.shape
+            self._last_shape = shape
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> tuple[Tensor | None, Any, Any]:
-        self._make_room(inputs["input_ids"])
+        self._make_room(inputs)
         # Logits that nobody reads would be the largest tensors of a whole run.
         with losses_only(self.model) if prediction_loss_only else nullcontext():
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
-    def _count(self, inputs: dict[str, Tensor]) -> None:
+    def _check_supervised(self, inputs: dict[str, Tensor]) -> None:
         labels = inputs["labels"]
         if not bool((labels[:, 1:] != IGNORED).any()):
             raise ValueError(
                 f"step {self.state.global_step}: wanted at least one supervised token in the batch, got none "
                 "(every label behind position 0 is -100); check the completions, max_length and the collator"
             )
-        padding = count_padding(inputs["input_ids"], labels, self._pad_token_id)
-        self.padding += padding
-        self.tokens += labels.numel() - padding
+
+    def _count(self, inputs: dict[str, Tensor]) -> None:
+        """After a step: what it was given, and what of that it computed."""
+        labels, state = inputs["labels"], state_of(self.model)
+        real = labels.numel() - count_padding(inputs["input_ids"], labels, self._pad_token_id)
+        computed = None if state is None else state.padding_free.computed
+        self.padding += (labels.numel() if computed is None else computed) - real
+        self.tokens += real
 
     def _record(self, loss: float) -> None:
         if not -float("inf") < loss < float("inf"):
