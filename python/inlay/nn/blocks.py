@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..ops.rms_norm import rms_norm
 from ..ops.swiglu import swiglu
 from .attention import FusedAttention, attention_settings
+from .delta_rule import FusedDeltaRule, delta_rule_settings
 from .mixed import Mixed, mix
 from .probe import generator, same_at_all_sizes, shallow, takes_only
 from .stack import linears_of
@@ -97,6 +98,7 @@ FUSIONS: tuple[tuple[type, Callable[[nn.Module], dict | None]], ...] = (
     (FusedRMSNorm, norm_settings),
     (FusedGatedMLP, mlp_settings),
     (FusedAttention, attention_settings),
+    (FusedDeltaRule, delta_rule_settings),
 )
 
 

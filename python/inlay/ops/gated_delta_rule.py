@@ -88,15 +88,15 @@ def _chunks(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, normalize: bool, eps: float
 ) -> Iterator[_Chunk]:
     wide, heads = compute_dtype(q), v.shape[2]
-    if not q.shape[1]:
-        return  # split would give one chunk of no tokens
     q, k, v, g, beta = (_heads(x, heads, wide) for x in (q, k, v, g, beta))
     q, k = (x * _inverse_norm(x, normalize, eps) for x in (q, k))
-    for parts in zip(*(x.split(CHUNK, 2) for x in (q * scale, k, v, g, beta)), strict=True):
-        sums = parts[3].double().cumsum(-1)
+    q = q * scale
+    for part in range(0, q.shape[2], CHUNK):
+        rows, keys, values, gates, betas = (x[:, :, part : part + CHUNK] for x in (q, k, v, g, beta))
+        sums = gates.double().cumsum(-1)
         decay = (sums[..., :, None] - sums[..., None, :]).tril().exp().tril().to(wide)
         grown, left = (t.exp().to(wide)[..., None] for t in (sums, sums[..., -1:] - sums))
-        yield _Chunk(*parts[:3], parts[4][..., None], grown, left, grown[..., -1:, :], decay)
+        yield _Chunk(rows, keys, values, betas[..., None], grown, left, grown[..., -1:, :], decay)
 
 
 def _initial(q: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
