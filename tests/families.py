@@ -153,7 +153,8 @@ _T5 = {
 
 
 def _blocks(norms: int, mlps: int, attentions: int, rules: int = 0) -> tuple[tuple[str, int], ...]:
-    counts = {"FusedAttention": attentions, "FusedGatedMLP": mlps, "FusedRMSNorm": norms, "FusedDeltaRule": rules}
+    counts = {"FusedAttention": attentions, "FusedGatedMLP": mlps, "FusedRMSNorm": norms}
+    counts |= {"FusedDeltaRule": rules, "FusedGatedRMSNorm": rules}
     return tuple((name, count) for name, count in counts.items() if count)
 
 

@@ -37,9 +37,20 @@ from inlay.ops._registry import (
 CHUNK = 64
 
 
+def kernel_fits(q: Tensor) -> bool:
+    """True if our own kernel would run on ``q``, were it on this CPU."""
+    return q.dtype in (torch.float32, torch.bfloat16, torch.float16) and _native_available()
+
+
 def has_own_kernel(q: Tensor) -> bool:
     """True where our own kernel runs on ``q``: on CPUs, in a dtype it knows."""
-    return q.is_cpu and q.dtype in (torch.float32, torch.bfloat16, torch.float16) and _native_available()
+    return q.is_cpu and kernel_fits(q)
+
+
+def workspace_bytes(q: Tensor, v: Tensor) -> int:
+    """What a thread's part of the backward takes, about: a state and U for each chunk of each head of a group."""
+    chunks = -(-q.shape[1] // CHUNK)
+    return 4 * (v.shape[2] // q.shape[2]) * chunks * v.shape[3] * (q.shape[3] + CHUNK)
 
 
 # --- the reference -------------------------------------------------------------------------------------------
