@@ -227,6 +227,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "estimate": estimate_table,
     "run-memory": run_memory_table,
     "attention": lambda: op_table("attention", "attention_avx512"),
+    "gated-delta-rule": lambda: op_table("gated_delta_rule", "causal_conv1d"),
     "four-bit-ops": lambda: op_table("quantize_blockwise", "quantized_linear"),
     "cross-entropy": lambda: op_table("cross_entropy"),
     "generate": generate_table,

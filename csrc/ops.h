@@ -160,6 +160,41 @@ INLAY_CPU_OP(attention_backward,
               const TensorView& dout, const TensorView& q, const TensorView& k, const TensorView& v,
               const TensorView& out, const TensorView& lse, const TensorView& spans, double scale))
 
+// z[b, t, c] = bias[c] + Σ_j weight[c, j]·x[b, t − K + 1 + j, c], tokens before the first being 0
+// y = z·sigmoid(z) if `silu`, else z
+// y, x float [B, T, C], unit stride along C; weight [C, K] and bias [C], or None (0), of any float dtype.
+// No CUDA kernel: the model's own code runs there
+INLAY_CPU_OP(causal_conv1d_forward, (const TensorView& y, const TensorView& x, const TensorView& weight,
+                                     const TensorView& bias, bool silu))
+
+// Its gradients: dx, dy as x; dweight as weight, dbias as bias; each of the three possibly None
+// sums f32 [B·ceil(T/64), (K + 1)·C], of any content: scratch where dweight or dbias is given, else None
+INLAY_CPU_OP(causal_conv1d_backward,
+             (const TensorView& dx, const TensorView& dweight, const TensorView& dbias,
+              const TensorView& sums, const TensorView& dy, const TensorView& x, const TensorView& weight,
+              const TensorView& bias, bool silu))
+
+// The gated delta rule (arXiv:2412.06464, equation 10, with the state transposed), for each head from an
+// initial state on:
+//   S_t = e^g_t·S_(t-1) + k_t·(beta_t·(v_t − e^g_t·S_(t-1)ᵀ·k_t))ᵀ        out_t = scale·S_tᵀ·q_t
+// with q_t and k_t divided by sqrt(|·|² + eps) first if `normalize`
+// q, k float [B, T, G, dk]; v, out float [B, T, H, dv], H a multiple of G; unit stride along dk and dv; g and
+// beta f32 [B, T, H]; states f32 [B, H, dk, dv], each possibly None (initially 0). T is worked through in
+// chunks of 64. No CUDA kernel: transformers has Triton's where it runs.
+INLAY_CPU_OP(gated_delta_rule_forward,
+             (const TensorView& out, const TensorView& final_state, const TensorView& q, const TensorView& k,
+              const TensorView& v, const TensorView& g, const TensorView& beta,
+              const TensorView& initial_state, double scale, bool normalize, double eps))
+
+// Its gradients, from the inputs alone: states are rebuilt, in scratch. dq, dk as q; dv, dout as v; dg, dbeta
+// as g; dinitial and dfinal as the states, dinitial possibly None
+INLAY_CPU_OP(gated_delta_rule_backward,
+             (const TensorView& dq, const TensorView& dk, const TensorView& dv, const TensorView& dg,
+              const TensorView& dbeta, const TensorView& dinitial, const TensorView& dout,
+              const TensorView& dfinal, const TensorView& q, const TensorView& k, const TensorView& v,
+              const TensorView& g, const TensorView& beta, const TensorView& initial_state, double scale,
+              bool normalize, double eps))
+
 // absmax[b] = max |w| in block b, NaN if w is not finite there;  code = level nearest to w/absmax[b]
 // packed[i] = code[2i] << 4 | code[2i+1]                 packed u8 [ceil(n/2)]; absmax f32
 // [ceil(n/blocksize)] w float [n]; bounds f32 [15], between sorted levels; order u8 [16], codes in the order

@@ -108,7 +108,10 @@ def _builder(model: str, config: str, attention: str | None = None, **options: A
         settings = getattr(hf, config)(**options)
         if attention is not None:
             settings._attn_implementation = attention
-        return perturb(getattr(hf, model)(settings))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # what is only moved below starts at random in some
+            made = getattr(hf, model)(settings)
+        return perturb(made)
 
     return build
 
@@ -149,8 +152,9 @@ _T5 = {
 }
 
 
-def _blocks(norms: int, mlps: int, attentions: int) -> tuple[tuple[str, int], ...]:
+def _blocks(norms: int, mlps: int, attentions: int, rules: int = 0) -> tuple[tuple[str, int], ...]:
     counts = {"FusedAttention": attentions, "FusedGatedMLP": mlps, "FusedRMSNorm": norms}
+    counts |= {"FusedDeltaRule": rules, "FusedGatedRMSNorm": rules}
     return tuple((name, count) for name, count in counts.items() if count)
 
 
@@ -284,6 +288,25 @@ WITH_BIASES = [
     Family(**_like_llama("gemma-biases", "Gemma", head_dim=8, attention_bias=True)),
     Family(**_like_llama("qwen3-biases", "Qwen3", head_dim=8, attention_bias=True)),
 ]
+
+#: One layer of the gated delta rule, grouped, and one of attention with an output gate.
+_QWEN3_5 = {
+    "head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+FAMILIES.append(
+    Family(
+        "qwen3_5",
+        _builder("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", **(_LLAMA | _QWEN3_5)),
+        text_batch,
+        targets=4,
+        blocks=_blocks(7, 2, 0, 1),
+    )
+)
 
 CAUSAL = [family for family in FAMILIES if family.causal]
 BY_NAME = {family.name: family for family in (*FAMILIES, *WITH_BIASES)}

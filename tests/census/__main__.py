@@ -43,7 +43,7 @@ def main(names: list[str]) -> int:
     skipped, faulty, count = {}, 0, 0
     print(HEAD)
     print(f"| architecture | class | S²FT's default targets | linears | {' | '.join(FUSED)} | |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("|" + "---|" * (5 + len(FUSED)))
     for model_type in names or model_types():
         try:
             found = examine(model_type)

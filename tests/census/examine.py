@@ -19,12 +19,18 @@ from torch import Tensor, nn
 
 import inlay
 from inlay.nn.attention import FusedAttention
-from inlay.nn.blocks import FusedGatedMLP, FusedRMSNorm
+from inlay.nn.blocks import FusedGatedMLP, FusedGatedRMSNorm, FusedRMSNorm
+from inlay.nn.delta_rule import FusedDeltaRule
 from inlay.state import tuned_linears
 
 from .tiny import first_tensor, tiny_model
 
-FUSED = {"norms": FusedRMSNorm, "MLPs": FusedGatedMLP, "attention": FusedAttention}
+FUSED = {
+    "norms": FusedRMSNorm | FusedGatedRMSNorm,
+    "MLPs": FusedGatedMLP,
+    "attention": FusedAttention,
+    "delta rule": FusedDeltaRule,
+}
 #: fp32, relative to the largest: other sums in another order, through a few layers.
 TOLERANCE = 2e-4
 

@@ -13,17 +13,17 @@ from torch import nn
 from census.test_families import COMMON, REST
 from census.tiny import tiny_model
 from inlay.nn.attention import FusedAttention
-from inlay.nn.blocks import FusedGatedMLP, FusedRMSNorm, install_blocks
+from inlay.nn.blocks import FusedGatedMLP, FusedGatedRMSNorm, FusedRMSNorm, install_blocks
 from inlay.nn.probe import MAGNITUDES
 
-KINDS = {"norm": r".*(RMSNorm|Norm)", "MLP": r".*(MLP|Mlp|FeedForward)", "attention": r".*Attention"}
+KINDS = {"norm": r".*(RMSNorm|Norm|RMSNormGated)", "MLP": r".*(MLP|Mlp|FeedForward)", "attention": r".*Attention"}
 
 
 def outputs_and_gradients(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """What comes out, and the gradients of the input and of every parameter."""
+    """What comes out, and the gradients of the input (which is its gate too, where it takes one) and all parameters."""
     x = x.clone().requires_grad_()
     parameters = list(module.parameters())
-    y = module(x)
+    y = module(x, x.flip(0)) if "Gated" in type(module).__name__ and hasattr(module, "weight") else module(x)
     random = torch.Generator().manual_seed(2)
     grads = torch.autograd.grad(y, [x, *parameters], torch.randn(y.shape, generator=random), allow_unused=True)
     return [y.detach(), *(g for g in grads if g is not None)]
@@ -59,9 +59,9 @@ def census(model_types: list[str]) -> dict[str, Counter]:
             if kind is None or type(plain) in seen:
                 continue
             seen.add(type(plain))
-            is_fused = isinstance(other, FusedRMSNorm | FusedGatedMLP | FusedAttention)
+            is_fused = isinstance(other, FusedRMSNorm | FusedGatedRMSNorm | FusedGatedMLP | FusedAttention)
             counts[kind]["fused" if is_fused else "left alone"] += 1
-            if isinstance(other, FusedRMSNorm | FusedGatedMLP):
+            if isinstance(other, FusedRMSNorm | FusedGatedRMSNorm | FusedGatedMLP):
                 compare(plain, other)  # attention is compared inside its model, by the census of families
             elif not is_fused:
                 assert type(other) is type(plain), name

@@ -324,6 +324,38 @@ def _attention() -> Case:
     return Case(lambda: (ops.attention(q, k, v),), plain, [q, k, v], [])
 
 
+def _gated_delta_rule() -> Case:
+    q, k, v = leaf(2, 5, 2, 8), leaf(2, 5, 2, 8, seed=1), leaf(2, 5, 4, 6)
+    g, beta, state = leaf(2, 5, 4), leaf(2, 5, 4, seed=2), leaf(2, 4, 8, 6)
+
+    def plain():
+        queries, keys = (t.repeat_interleave(2, 2) for t in (q * 8**-0.5, k))
+        held, outs = state, []
+        for t in range(5):
+            held = held * g[:, t, :, None, None].exp()
+            change = beta[:, t, :, None] * (v[:, t] - (held * keys[:, t, :, :, None]).sum(2))
+            held = held + keys[:, t, :, :, None] * change[:, :, None]
+            outs.append((held * queries[:, t, :, :, None]).sum(2))
+        return torch.stack(outs, 1), held
+
+    return Case(lambda: ops.gated_delta_rule(q, k, v, g, beta, state), plain, [q, k, v, g, beta, state], [])
+
+
+def _causal_conv1d(silu: bool, biased: bool):
+    def make() -> Case:
+        x, weight = leaf(2, 5, WIDE), leaf(WIDE, 4, seed=1)
+        bias = leaf(WIDE, seed=2) if biased else None
+
+        def plain():
+            z = functional.conv1d(x.mT, weight[:, None], bias, padding=3, groups=WIDE)[..., :5].mT
+            return (functional.silu(z) if silu else z,)
+
+        leaves = [t for t in (x, weight, bias) if t is not None]
+        return Case(lambda: (ops.causal_conv1d(x, weight, bias, silu),), plain, leaves, [])
+
+    return make
+
+
 def _loss() -> Case:
     hidden, head = leaf(2, 5, WIDE), nn.Linear(WIDE, 17)
     labels = torch.tensor([[1, 5, -100, 3, 2], [0, 16, 4, -100, 9]])
@@ -354,5 +386,8 @@ WITHOUT_A_BASE: dict[str, Callable[[], Case]] = {
     "rope": _rope(False),
     "rope, trained angles": _rope(True),
     "attention": _attention,
+    "causal_conv1d": _causal_conv1d(True, True),
+    "causal_conv1d, taps alone": _causal_conv1d(False, False),
+    "gated_delta_rule": _gated_delta_rule,
     "linear_cross_entropy": _loss,
 }

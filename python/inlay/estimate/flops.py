@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from ..ops.attention import shares  # with it come torch.ops.inlay
+from ..ops.gated_delta_rule import CHUNK, workspace_bytes
 
 _aten, _inlay = torch.ops.aten, torch.ops.inlay
 
@@ -24,6 +25,8 @@ ATTENTION = {
     _aten._scaled_dot_product_flash_attention_for_cpu_backward,
     _inlay.attention_forward,
     _inlay.attention_backward,
+    _inlay.gated_delta_rule_forward,
+    _inlay.gated_delta_rule_backward,
 }
 
 
@@ -54,6 +57,20 @@ def _own_backward(do: Tensor, query: Tensor, key: Tensor, *rest: Any, **_: Any) 
     return 5 * _scores(query, key, True)
 
 
+def _rule(q: Tensor, v: Tensor, states: int, keys: int, values: int) -> float:
+    """Products of all tokens with states, and halves of chunks over the widths of keys and values."""
+    dk, dv = q.shape[-1], v.shape[-1]
+    return prod(v.shape[:-1]) * (2 * states * dk * dv + CHUNK * (keys * dk + values * dv))
+
+
+def _rule_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> float:
+    return _rule(q, v, 3, 2, 2)
+
+
+def _rule_backward(dout: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> float:
+    return _rule(q, v, 8, 7, 5)
+
+
 def _submatrix_grad(dy: Tensor, x_sel: Tensor, **_: Any) -> int:
     return 2 * prod(dy.shape) * x_sel.shape[-1]
 
@@ -80,6 +97,8 @@ FORMULAS: dict[Any, Callable[..., float]] = {
     _aten.addmm_: _addmm,
     _inlay.attention_forward: _own_forward,
     _inlay.attention_backward: _own_backward,
+    _inlay.gated_delta_rule_forward: _rule_forward,
+    _inlay.gated_delta_rule_backward: _rule_backward,
     _inlay.submatrix_grad: _submatrix_grad,
     _inlay.lora_backward: _lora_backward,
     _inlay.quantized_linear_small: _quantized_small,
@@ -91,8 +110,15 @@ def _own_backward_workspace(do: Tensor, query: Tensor, key: Tensor, *rest: Any) 
     return count * query.numel() * 4 if count > 1 else 0  # the shares' parts of dq, fp32, before they are summed
 
 
+def _rule_workspace(dout: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> int:
+    return workspace_bytes(q, v) * min(torch.get_num_threads(), q.shape[0] * q.shape[2])
+
+
 #: Bytes an op uses inside and gives back before it returns.
-HIDDEN_WORKSPACE: dict[Any, Callable[..., int]] = {_inlay.attention_backward: _own_backward_workspace}
+HIDDEN_WORKSPACE: dict[Any, Callable[..., int]] = {
+    _inlay.attention_backward: _own_backward_workspace,
+    _inlay.gated_delta_rule_backward: _rule_workspace,
+}
 
 
 def part_of(packet: Any, roles: set[str | None], stage: str, in_loss: bool) -> str:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from ..bases import BaseConfig
 from ..install import DEFAULT_ADAPTER, check_base_fits, check_sites, install
 from ..methods import Method
-from ..nn import attention
+from ..nn import attention, delta_rule
 from ..nn.tuned_linear import HOOKS
 from ..nn.whole import hidden_tensors
 from ..ops.attention import kernel_fits
+from ..ops.gated_delta_rule import kernel_fits as rule_fits
 from ..planning import completed
 from ..state import state_of
 
@@ -120,6 +121,7 @@ def fused_attention(device: str) -> Iterator[None]:
     say so, but torch leaves it for the length of a backward, where checkpointing runs blocks again.
     """
     original, has_kernel = nn.functional.scaled_dot_product_attention, attention.has_own_kernel
+    has_rule = delta_rule.has_own_kernel
 
     def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if query.device.type != "meta":
@@ -129,10 +131,12 @@ def fused_attention(device: str) -> Iterator[None]:
     nn.functional.scaled_dot_product_attention = attend
     if device == "cpu":
         attention.has_own_kernel = lambda q: kernel_fits(q) if q.is_meta else has_kernel(q)
+        delta_rule.has_own_kernel = lambda q: rule_fits(q) if q.is_meta else has_rule(q)
     try:
         yield
     finally:
         nn.functional.scaled_dot_product_attention, attention.has_own_kernel = original, has_kernel
+        delta_rule.has_own_kernel = has_rule
 
 
 def _attend(

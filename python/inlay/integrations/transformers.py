@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,17 @@ def registered_attention(name: str, function: Callable[..., Any]) -> Iterator[No
         yield
     finally:
         AttentionInterface._global_mapping.pop(name, None)
+
+
+@contextmanager
+def keeping_warnings_for_later() -> Iterator[None]:
+    """Within this context nothing is said by ``logger.warning_once``, and nothing counts as said."""
+    said: Any = logging.Logger.warning_once  # type: ignore[attr-defined]
+    logging.Logger.warning_once = lambda *args, **kwargs: None  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        logging.Logger.warning_once = said  # type: ignore[attr-defined]
 
 
 def attention_function(module: nn.Module) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ gated MLP  keeps gate and up                instead of gate, act(gate), up and t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from ..ops.rms_norm import rms_norm
 from ..ops.swiglu import swiglu
 from .attention import FusedAttention, attention_settings
+from .delta_rule import FusedDeltaRule, delta_rule_settings
 from .mixed import Mixed, mix
-from .probe import generator, same_at_all_sizes, shallow, takes_only
+from .probe import MAGNITUDES, generator, same_at_all_sizes, shallow, takes_only
 from .stack import linears_of
 
 
@@ -29,6 +31,18 @@ class FusedRMSNorm(Mixed):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.inlay_eps, self.inlay_offset)
+
+
+class FusedGatedRMSNorm(Mixed):
+    """Mixin of a norm that computes ``x / rms(x) * weight * act(gate)``, of linear attention's outputs."""
+
+    inlay_eps: float
+    inlay_act: str
+
+    def forward(self, hidden_states: Tensor, gate: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if gate is None or kwargs or gate.dtype != hidden_states.dtype:
+            return super().forward(hidden_states, gate, **kwargs)
+        return swiglu(gate, rms_norm(hidden_states, self.weight, self.inlay_eps), self.inlay_act)
 
 
 class FusedGatedMLP(Mixed):
@@ -45,17 +59,24 @@ class FusedGatedMLP(Mixed):
         return self.down_proj(swiglu(gate, up, self.inlay_act))
 
 
-def norm_settings(module: nn.Module) -> dict[str, float] | None:
-    """``inlay_eps`` and ``inlay_offset`` of an RMS norm, or None if ``module`` is none."""
+def _own_weight_and_eps(module: nn.Module) -> tuple[Tensor, float] | None:
+    """Of what has one weight per channel, an epsilon, and nothing else that it computes with."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not isinstance(eps, float):
         return None
     if set(module._parameters) != {"weight"} or module._modules or getattr(module, "bias", None) is not None:
         return None
-    if not takes_only(module, ()):
+    return weight, eps
+
+
+def norm_settings(module: nn.Module) -> dict[str, float] | None:
+    """``inlay_eps`` and ``inlay_offset`` of an RMS norm, or None if ``module`` is none."""
+    found = _own_weight_and_eps(module)
+    if found is None or not takes_only(module, ()):
         return None
-    width, random = weight.shape[0], generator()
+    (weight, eps), random = found, generator()
+    width = weight.shape[0]
     twin = shallow(module, {}, {"weight": torch.randn(width, generator=random)})
     x = torch.randn(3, width, generator=random)
     for offset in (0.0, 1.0):
@@ -67,6 +88,29 @@ def norm_settings(module: nn.Module) -> dict[str, float] | None:
 
 def _normed(weight: Tensor, eps: float, offset: float, x: Tensor) -> Tensor:
     return rms_norm(x, weight, eps, offset)
+
+
+def gated_norm_settings(module: nn.Module) -> dict[str, Any] | None:
+    """``inlay_eps`` and ``inlay_act`` of an RMS norm whose output is gated, or None if ``module`` is none."""
+    found = _own_weight_and_eps(module)
+    if found is None or "gate" not in inspect.signature(type(module).forward).parameters:
+        return None
+    if not takes_only(module, ("gate", "kwargs")):
+        return None
+    (weight, eps), random = found, generator()
+    x, gate = (torch.randn(3, weight.shape[0], generator=random) for _ in range(2))
+    twin = shallow(module, {}, {"weight": torch.randn(weight.shape[0], generator=random)})
+    for act in ("silu", "gelu_tanh", "gelu"):
+        ours = partial(_normed_and_gated, twin.weight, eps, act)
+        if all(
+            same_at_all_sizes(partial(twin, gate=gate * size), partial(ours, gate * size), x) for size in MAGNITUDES
+        ):
+            return {"inlay_eps": eps, "inlay_act": act}
+    return None
+
+
+def _normed_and_gated(weight: Tensor, eps: float, act: str, gate: Tensor, x: Tensor) -> Tensor:
+    return swiglu(gate, rms_norm(x, weight, eps), act)
 
 
 def mlp_settings(module: nn.Module) -> dict[str, str] | None:
@@ -95,8 +139,10 @@ def _gated(module: nn.Module, act: str, x: Tensor) -> Tensor:
 #: Each mixin with what proves that a module may have it.
 FUSIONS: tuple[tuple[type, Callable[[nn.Module], dict | None]], ...] = (
     (FusedRMSNorm, norm_settings),
+    (FusedGatedRMSNorm, gated_norm_settings),
     (FusedGatedMLP, mlp_settings),
     (FusedAttention, attention_settings),
+    (FusedDeltaRule, delta_rule_settings),
 )
 
 
