@@ -30,6 +30,18 @@ def inlay_s2ft(model: nn.Module) -> Built:
     return Built(model, inlay.optim.AdamW(_trainable(model), lr=1e-4))
 
 
+def inlay_int8(build: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Built]:
+    """A method with its frozen products in 8 bits."""
+
+    def built(model: nn.Module) -> Built:
+        import inlay
+
+        inlay.tune(model, build(inlay), compute="int8")
+        return Built(model, inlay.optim.AdamW(_trainable(model), lr=1e-4))
+
+    return built
+
+
 def inlay_s2ft_in_place(model: nn.Module) -> Built:
     """The same, in the paper's in-place form."""
     import inlay
@@ -186,6 +198,8 @@ LOADERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 METHODS: dict[str, Callable[[nn.Module], Built]] = {
     "inlay-s2ft": inlay_s2ft,
     "inlay-s2ft-in-place": inlay_s2ft_in_place,
+    "inlay-s2ft-int8": inlay_int8(lambda inlay: inlay.S2FT(ratio=0.03)),
+    "inlay-lora-int8": inlay_int8(lambda inlay: inlay.LoRA(r=16, lora_alpha=32)),
     "inlay-lora": inlay_lora,
     "inlay-qlora": inlay_lora,
     "inlay-s2ft-nf4": inlay_s2ft,

@@ -14,6 +14,7 @@ from .fingerprint import fingerprint
 from .install import DEFAULT_ADAPTER, adopt_bitsandbytes, check_base_fits, check_sites, install
 from .methods import Calibration, Method
 from .model import with_methods
+from .nn.int8 import check_int8, compute_in_int8
 from .nn.use_check import check_by_probe
 from .planning import completed
 from .sites import LinearSite
@@ -29,6 +30,7 @@ def tune(
     calibration: Calibration | None = None,
     fused_blocks: bool = True,
     fused_loss: bool = True,
+    compute: str | None = None,
 ) -> nn.Module:
     """Freeze ``model`` and give the linears ``method`` targets a trainable delta. No logit changes before training.
 
@@ -47,12 +49,16 @@ def tune(
             needs, where they are proven to compute the same. False leaves every other module as it is.
         fused_loss: compute the causal-LM loss without keeping logits, where it is proven to be the model's loss.
             In training mode ``outputs.logits`` is then not available; False brings it back.
+        compute: "int8" multiplies the blocks' frozen weights in 8 bits, forward and input gradient, with a scale per
+            token and per channel: about twice as fast where the CPU has it, and no longer exact. Nothing of it is
+            saved. None multiplies in the model's dtype.
 
     Raises:
         TypeError: ``method`` is not a method config.
         ValueError: a target matches nothing, cannot be tuned, is shared or tied, or is tuned already; a module of
-            ``modules_to_save`` is not there, quantized or tuned.
+            ``modules_to_save`` is not there, quantized or tuned; ``compute`` is not for this machine or model.
     """
+    _check_compute(model, compute, base)
     if not isinstance(method, Method):
         raise TypeError(f"method: wanted a config such as inlay.S2FT(ratio=0.03), got {type(method).__name__}")
     state = state_of(model)
@@ -88,7 +94,18 @@ def tune(
         fused_blocks=fused_blocks,
         fused_loss=fused_loss,
     )
+    if compute is not None:
+        compute_in_int8(model)
     return with_methods(model)
+
+
+def _check_compute(model: nn.Module, compute: str | None, base: str | BaseConfig | None) -> None:
+    if compute not in (None, "int8"):
+        raise ValueError(f'compute: wanted "int8" or None, got {compute!r}')
+    if compute is not None and base is not None:
+        raise ValueError(f'compute="int8" wants dense weights, got base={base!r}; leave one of the two out')
+    if compute is not None:
+        check_int8(model)
 
 
 def load(

@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 PATHS = ["reference"]
 if _native.available():
     PATHS += [*_native.module().available_isas(), "wide"]
-#: Only attention has kernels of its own for it; the others' are those of avx512.
-PAIRS = {"test_attention"}
 LINEARS = {"test_lora_linear", "test_quantized_stack", "test_stacked_linear", "test_submatrix_linear", "test_swiglu"}
+#: Attention and products have kernels of their own for it; the others' are those of avx512.
+PAIRS = {"test_attention", "test_matmul_sum", "test_cross_entropy", *LINEARS}
 
 
 def pytest_collection_modifyitems(items):
@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(params=PATHS)
-def path(request):
+def path(request, monkeypatch):
     if request.param == "reference":
         with force_path("reference"):
             yield "reference"
@@ -47,6 +47,7 @@ def path(request):
         request.getfixturevalue("wide_sums")
     else:
         engine.set_isa(request.param)
+        monkeypatch.setattr("inlay.ops.matmul_sum.MANY", 1)  # where products are packed, few rows are, too
     with force_path("native"):
         yield request.param
     engine.set_isa("")

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ..ops.base_linear import base_linear
 from ..ops.base_products import DenseBase, DenseBaseT
+from ..ops.int8_products import Int8Products, Int8ProductsT
 
-__all__ = ["base_linear", "base_of", "computes_linear", "is_conv1d", "is_linear", "out_in_view"]
+__all__ = ["base_linear", "base_of", "computes_linear", "in_int8", "is_conv1d", "is_linear", "out_in_view"]
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -73,4 +74,10 @@ def out_in_view(module: nn.Module) -> Tensor:
 
 def base_of(module: nn.Module) -> type:
     """The dense base class that reads ``module.weight`` the way the module itself does."""
-    return DenseBaseT if is_conv1d(module) else DenseBase
+    base = DenseBaseT if is_conv1d(module) else DenseBase
+    return in_int8(base) if hasattr(type(module), "inlay_int8") else base
+
+
+def in_int8(base: Any) -> Any:
+    """The base that multiplies what ``base`` reads in 8 bits."""
+    return Int8ProductsT if base is DenseBaseT else Int8Products

@@ -6,6 +6,7 @@ dtype: auto                     # the default: bfloat16 where this machine multi
                                 # dtype, or checkpoint: the one that the weights are stored in
 method: {name: S2FT, ratio: 0.03}
 base: nf4                       # optional: quantize the model first; or {base: nf4, double_quant: true, ...}
+compute: int8                   # optional: frozen products in 8 bits, where the CPU has them
 data: train.jsonl               # formats: inlay.data.formats
 eval_data: test.jsonl           # optional
 max_length: 1024
@@ -35,6 +36,7 @@ DATA_KEYS = frozenset(
         "chat_template",
         "packing",
         "padding_free",
+        "compute",
         "cache_frozen",
         "data_folder",
         "preflight",

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..bases.linear import base_of
 from ..bases.quantized import QuantizedLinear
 from ..ops.base_products import DenseBase
 from ..ops.stacked_linear import Part, stacked_linear
 from ..pieces.linear import LowRankDelta
+from .int8 import Int8Linear
 from .tuned_linear import TunedLinear, is_watched
 
 
@@ -51,4 +53,6 @@ def part_of(module: nn.Module) -> Part | None:
         return None
     if type(module) is QuantizedLinear:
         return Part(module.storage, module.tensors)
+    if isinstance(module, Int8Linear):
+        return Part(base_of(module), (module.weight, module.bias))
     return Part(DenseBase, (module.weight, module.bias)) if type(module) is nn.Linear else None

@@ -60,6 +60,8 @@ def base_linear(x: Tensor, base: Any, *tensors: Tensor | None) -> Tensor:
     Raises:
         TypeError: a scale of a packed weight requires a gradient.
     """
+    if trains(tensors):
+        base = getattr(base, "dense", base)  # a weight that trains is multiplied as it is
     if base in (DenseBase, DenseBaseT) and packs(x) and not trains(tensors) and _one_dtype(x, tensors):
         return apply(_BaseLinear, x, base, *tensors)
     if base is DenseBase:  # torch's own node is the cheapest, and frozen operands keep nothing

@@ -8,7 +8,8 @@ forward_plus(x, left, right, *tensors)          optional: base(x) + left·right�
 backward_input_plus(dy, left, right, *tensors)  optional: dy · W + left·right, rounded once
 stack_of(bases, x) -> stack, or None            optional: linears of one input as one product, see `Stack`
 forward_lora(x, A, B, s, *tensors) optional: base(x) + s·(x·Aᵀ)·Bᵀ in one op, or None where there is none
-terms(dy, *tensors) -> [(left, right)]          optional: dy · W as products of matrices, to sum with others
+terms(dy, *tensors) -> [(left, right)]          optional: dy · W as products of matrices, to sum with others:
+add_up(terms, narrow) -> dx                     the sum of those, and of products with narrow matrices
 out_in(*tensors) -> weight         optional: the weight as an [out, in] view, for the in-place form
 """
 
@@ -23,6 +24,10 @@ from torch.nn import functional
 
 from inlay.ops._registry import as_rows
 from inlay.ops.matmul_sum import matmul_sum, packs
+
+
+#: Operands of products that are added up.
+Terms = Sequence[tuple[Tensor, Tensor]]
 
 
 class BaseProducts(Protocol):
@@ -101,6 +106,11 @@ def _backward_input(dy: Tensor, weight: Tensor) -> Tensor:
     return matmul_sum([dy], [weight]) if packs(dy) else dy.matmul(weight)
 
 
+def _add_up(terms: Terms, narrow: Terms) -> Tensor:
+    lefts, rights = zip(*terms, *narrow, strict=True)
+    return matmul_sum(lefts, rights)
+
+
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.to(dtype) for t in tensors)
 
@@ -109,6 +119,7 @@ class DenseBase:
     """nn.Linear: tensors = weight [out, in], bias [out] or None."""
 
     cast = staticmethod(_cast)
+    add_up = staticmethod(_add_up)
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -145,6 +156,7 @@ class DenseBaseT:
     """transformers' Conv1D: tensors = weight [in, out], bias [out] or None."""
 
     cast = staticmethod(_cast)
+    add_up = staticmethod(_add_up)
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

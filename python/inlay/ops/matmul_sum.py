@@ -31,24 +31,25 @@ def packs(x: Tensor) -> bool:
     return _native.available() and _native.module().isa() == ISA
 
 
-def _unit(t: Tensor) -> Tensor:
+def unit_stride(t: Tensor) -> Tensor:
     """``t`` or a copy of it that has neighbours in memory along a dimension."""
     return t if 1 in t.stride() or 1 in t.shape else t.contiguous()
 
 
-def _check(out: Tensor, lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> None:
+def check_operands(op: str, out: Tensor, lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> None:
+    """ValueError unless every lefts[i]·rights[i] has the shape of ``out``."""
     got = [(tuple(left.shape), tuple(right.shape)) for left, right in zip(lefts, rights)]
     fit = all(a[0] == out.shape[0] and b[1] == out.shape[1] and a[1] == b[0] for a, b in got)
     if not got or len(lefts) != len(rights) or not fit:
         wanted = f"pairs of [{out.shape[0]}, K] and [K, {out.shape[1]}]"
-        fail("matmul_sum_", "lefts, rights", wanted, f"{len(lefts)} and {len(rights)}: {got}", "match the shapes")
+        fail(op, "lefts, rights", wanted, f"{len(lefts)} and {len(rights)}: {got}", "match the shapes")
 
 
 def _run(out: Tensor, lefts: list[Tensor], rights: list[Tensor], bias: Tensor | None, add: bool) -> None:
     if _native.module().isa() != ISA or not all(left.dtype == torch.bfloat16 for left in lefts):
         return matmul_sum_.reference(out, lefts, rights, bias, add)
-    _check(out, lefts, rights)
-    lefts, rights = [_unit(t.detach()) for t in lefts], [_unit(t.detach()) for t in rights]
+    check_operands("matmul_sum_", out, lefts, rights)
+    lefts, rights = [unit_stride(t.detach()) for t in lefts], [unit_stride(t.detach()) for t in rights]
     bias = bias if bias is None else bias.detach().to(out.dtype).contiguous()
     _native.module().matmul_sum(out.detach(), lefts, rights, bias, add)
 
@@ -60,7 +61,7 @@ def matmul_sum_(out: Tensor, lefts: list[Tensor], rights: list[Tensor], bias: Te
     Sums are fp32 (float64 for float64 operands) and rounded once, to out's dtype. lefts bf16, rights bf16 or fp32: those
     take part with 16 bits of their 24 in the kernel.
     """
-    _check(out, lefts, rights)
+    check_operands("matmul_sum_", out, lefts, rights)
     wide = torch.float64 if out.dtype == torch.float64 else torch.float32
     total = sum(left.to(wide) @ right.to(wide) for left, right in zip(lefts, rights))
     for term in (bias, out if add else None):

@@ -26,7 +26,7 @@ from inlay.ops._registry import as_rows, fail, without_autocast, without_views
 from inlay.ops.base_linear import base_linear, trains
 from inlay.ops.base_products import Stack, backward_input_plus, forward_plus, sums_at_once, wide_sums
 from inlay.ops.lora_linear import branch_gradients, check_factors, lora_linear
-from inlay.ops.matmul_sum import matmul_sum, mm, packs
+from inlay.ops.matmul_sum import mm, packs
 from inlay.ops.submatrix import submatrix_grad
 from inlay.ops.submatrix_linear import cast_for_autocast
 
@@ -115,10 +115,10 @@ def _backward_input(dys: Sequence[Tensor], dyb: Tensor | None, parts: Sequence[P
     right = None if dyb is None else _stack_a(parts, dyb.dtype)
     if stack is not None:
         return stack.backward_input(dys, [part.tensors for part in parts], dyb, right)
-    if packs(dys[0]) and all(hasattr(part.base, "terms") for part in parts):
+    ways = {getattr(part.base, "add_up", None) for part in parts}
+    if packs(dys[0]) and len(ways) == 1 and None not in ways:
         terms = [term for part, dy in zip(parts, dys, strict=True) for term in part.base.terms(dy, *part.tensors)]
-        lefts, rights = zip(*terms, *([] if dyb is None else [(dyb, right)]), strict=True)
-        return matmul_sum(lefts, rights)
+        return parts[0].base.add_up(terms, [] if dyb is None or right is None else [(dyb, right)])
     first = parts[0]
     if dyb is not None and right is not None and sums_at_once(first.base, dyb):
         dx, dyb = backward_input_plus(first.base, dys[0], dyb, right, first.tensors), None

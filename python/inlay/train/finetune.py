@@ -65,6 +65,7 @@ def finetune(
     *,
     method: Any = None,
     base: Any = None,
+    compute: str | None = None,
     eval_data: RecordSource | TrainingData | None = None,
     max_length: int = 1024,
     train_on_inputs: bool = False,
@@ -87,6 +88,7 @@ def finetune(
             Formats: see `inlay.data.formats`.
         method: what to train, for a model that is not tuned yet: `inlay.S2FT(ratio=0.03)`.
         base: quantize such a model first: "nf4", "fp4", "int8" or an `inlay.BaseConfig`.
+        compute: "int8" multiplies such a model's frozen weights in 8 bits, see `inlay.tune`.
         eval_data: records to evaluate on; with an `eval_strategy`, during training, else at the end.
         max_length: longer samples are cut, and counted.
         train_on_inputs: put loss on prompts too, not on completions only.
@@ -122,7 +124,7 @@ def finetune(
     arguments = _training_arguments(training_arguments)
     if resume and not fresh_optimizer:
         check_resumable(resume, arguments.output_dir)
-    model = _tuned(model, method, base)
+    model = _tuned(model, method, base, compute)
     if active_schedules(model) and arguments.ddp_find_unused_parameters is None:
         arguments.ddp_find_unused_parameters = True  # what trains changes, and DDP counts gradients
     options = {"max_length": max_length, "train_on_inputs": train_on_inputs, "chat_template": chat_template}
@@ -254,21 +256,23 @@ def _training_arguments(given: dict[str, Any]) -> transformers.TrainingArguments
     return build_arguments(known=inspect.signature(finetune).parameters, **given)
 
 
-def _tuned(model: Any, method: Any, base: Any) -> Any:
+def _tuned(model: Any, method: Any, base: Any, compute: str | None) -> Any:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise TypeError(
             f"finetune trains decoder-only language models, got {type(model).__name__} (encoder-decoder); "
             "call inlay.tune and give the result to transformers' Seq2SeqTrainer"
         )
     tuned = state_of(model) is not None
-    if tuned and (method is not None or base is not None):
-        raise ValueError("the model is tuned already; leave method and base out, or start from the plain model")
+    if tuned and (method is not None or base is not None or compute is not None):
+        raise ValueError(
+            "the model is tuned already; leave method, base and compute out, or start from the plain model"
+        )
     if not tuned and method is None:
         raise ValueError(
             "wanted a tuned model or a method, got a plain model and no method; "
             "pass method=inlay.S2FT(ratio=0.03), or call inlay.tune first"
         )
-    return model if tuned else tune(model, method, base=base)
+    return model if tuned else tune(model, method, base=base, compute=compute)
 
 
 def _prepared(data: RecordSource | TrainingData, tokenizer: Any, options: dict[str, Any]) -> TrainingData:

@@ -1,0 +1,151 @@
+"""Sums of products in one contraction, in bf16 and in 8 bits."""
+
+import pytest
+import torch
+from _compare import assert_as_good, assert_bits, padded_rows, wide
+
+from inlay import _native
+from inlay.ops import force_path
+from inlay.ops.int8_products import Int8Products, Int8ProductsT, int8_matmul_sum_
+from inlay.ops.matmul_sum import ISA, matmul_sum, matmul_sum_, mm, mm_into, packs
+
+# Edges of strips (14 rows), panels (32 columns), pairs and stretches of the contraction (2,048), and several operands.
+SHAPES = [
+    (1, (1,), 1),
+    (13, (7,), 31),
+    (15, (2,), 33),
+    (29, (64, 3), 48),
+    (64, (33, 17, 5), 100),
+    (31, (900, 901), 17),
+    (17, (2047, 6), 40),
+    (5, (4500,), 65),
+]
+LAYOUTS = ["along", "across", "mixed"]
+
+
+def operands(rows, depths, columns, layout="along", dtype=torch.bfloat16):
+    """lefts [M, K_i] and rights [K_i, N], whose neighbours in memory are those of the contraction, or not."""
+    lefts, rights = [], []
+    for i, depth in enumerate(depths):
+        along = layout == "along" or (layout == "mixed" and i % 2 == 0)
+        left, right = torch.randn(rows, depth), torch.randn(depth, columns)
+        lefts.append((left if along else left.t().contiguous().t()).bfloat16())
+        rights.append((right.t().contiguous().t() if along else right).to(dtype))
+    return lefts, rights
+
+
+def total(lefts, rights):
+    return sum(left @ right for left, right in zip(lefts, rights, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rows, depths, columns", SHAPES)
+def test_against_float64(path, rows, depths, columns, layout):
+    lefts, rights = operands(rows, depths, columns, layout)
+    bias, before = torch.randn(columns).bfloat16(), torch.randn(rows, columns).bfloat16()
+    exact = total(wide(*lefts), wide(*rights))
+    plain = total([t.float() for t in lefts], [t.float() for t in rights])
+    assert_as_good(matmul_sum(lefts, rights), plain.bfloat16(), exact, "sum", slack=2)
+    assert_as_good(matmul_sum(lefts, rights, dtype=torch.float32), plain, exact, "fp32", slack=2 + sum(depths) / 16)
+    out = before.clone()
+    matmul_sum_(out, lefts, rights, bias, True)
+    exact = exact + bias.double() + before.double()
+    assert_as_good(out, (plain + bias + before).bfloat16(), exact, "onto", slack=2)
+
+
+def test_fp32_operands_keep_sixteen_bits(path):
+    lefts, rights = operands(40, (33, 20), 50, "mixed", torch.float32)
+    exact = total(wide(*lefts), wide(*rights))
+    error = (matmul_sum(lefts, rights, dtype=torch.float32).double() - exact).norm() / exact.norm()
+    assert error < 2.0**-16
+    assert (total(lefts, [t.bfloat16() for t in rights]).double() - exact).norm() / exact.norm() > 2.0**-10
+
+
+def test_transposed_outputs_and_rows_of_wider_matrices(path):
+    lefts, rights = operands(37, (19,), 45)
+    wanted = matmul_sum(lefts, rights)
+    turned = torch.empty(45, 37, dtype=torch.bfloat16).t()
+    matmul_sum_(turned, lefts, rights, None, False)
+    assert_bits(turned, wanted)
+    inner = padded_rows(torch.zeros(37, 45, dtype=torch.bfloat16))
+    matmul_sum_(inner, [padded_rows(lefts[0])], [padded_rows(rights[0].t().contiguous()).t()], None, False)
+    assert_bits(inner, wanted)
+    strange = torch.randn(19, 90).bfloat16()[:, ::2]
+    assert_bits(matmul_sum(lefts, [strange]), matmul_sum(lefts, [strange.contiguous()]))
+
+
+@pytest.mark.parametrize("op", [matmul_sum_, int8_matmul_sum_])
+def test_bits_do_not_depend_on_threads(op):
+    lefts, rights = operands(75, (300, 90), 130, "along")
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append(torch.empty(75, 130, dtype=torch.bfloat16))
+        op(results[-1], lefts, rights, None, False)
+    torch.set_num_threads(before)
+    for result in results[1:]:
+        assert_bits(result, results[0])
+
+
+def test_torch_s_products_where_operands_are_others(path):
+    left, right = torch.randn(40, 8), torch.randn(8, 40)
+    assert_bits(mm(left, right), left.mm(right))
+    out = torch.empty(40, 40)
+    mm_into(out, left, right)
+    assert_bits(out, left.mm(right))
+
+
+def test_errors_name_both_shapes():
+    out, left, right = torch.empty(3, 4), torch.randn(3, 5).bfloat16(), torch.randn(6, 4).bfloat16()
+    for op in (matmul_sum_, int8_matmul_sum_):
+        with pytest.raises(ValueError, match=r"pairs of \[3, K\] and \[K, 4\].*\(3, 5\), \(6, 4\)"):
+            op(out, [left], [right], None, False)
+        with pytest.raises(ValueError, match="1 and 0"):
+            op(out, [left], [], None, False)
+
+
+def test_packs_wants_many_rows_of_bf16_and_the_engine():
+    many = torch.randn(64, 8).bfloat16()
+    here = _native.available() and _native.module().isa() == ISA
+    assert packs(many) == here
+    assert not packs(many[:3]) and not packs(many.float()) and not packs(many[:, :0])
+    with force_path("reference"):
+        assert not packs(many)
+
+
+# --- 8 bits ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["along", "across"])
+@pytest.mark.parametrize("rows, depths, columns", SHAPES)
+def test_eight_bits_as_the_reference_rounds(path, rows, depths, columns, layout):
+    lefts, rights = operands(rows, depths, columns, layout)
+    lefts = [t.contiguous() for t in lefts]
+    lefts[0][0], rights[0][:, 0] = 0, 0  # a scale of nothing
+    ours, wanted = torch.ones(rows, columns), torch.ones(rows, columns)
+    int8_matmul_sum_(ours, lefts, rights, torch.ones(columns), True)
+    int8_matmul_sum_.reference(wanted, lefts, rights, torch.ones(columns), True)
+    assert torch.allclose(ours, wanted, rtol=1e-5, atol=1e-4)
+    exact = total(wide(*lefts), wide(*rights)) + 2
+    if sum(depths) > 16:
+        assert float((ours.double() - exact).norm() / exact.norm()) < 0.015
+
+
+@pytest.mark.parametrize("base, turned", [(Int8Products, False), (Int8ProductsT, True)])
+def test_a_base_in_eight_bits(path, base, turned):
+    x, weight, bias = torch.randn(2, 32, 48).bfloat16(), torch.randn(40, 48).bfloat16(), torch.randn(40).bfloat16()
+    held = weight.t().contiguous() if turned else weight
+    left, right = torch.randn(64, 4).bfloat16(), torch.randn(40, 4).bfloat16()
+
+    def near(ours, exact):
+        assert ours.shape == exact.shape
+        assert float((ours.double() - exact).norm() / exact.norm()) < 0.02
+
+    low = (left.double() @ right.double().t()).view(2, 32, 40)
+    near(base.forward(x, held, bias), x.double() @ weight.double().t() + bias.double())
+    near(base.forward_plus(x, left, right, held, None), x.double() @ weight.double().t() + low)
+    dy, back = torch.randn(2, 32, 40).bfloat16(), torch.randn(4, 48).bfloat16()
+    near(base.backward_input(dy, held), dy.double() @ weight.double())
+    summed = dy.double() @ weight.double() + (left.double() @ back.double()).view(2, 32, 48)
+    near(base.backward_input_plus(dy, left, back, held), summed)
+    near(base.add_up(base.terms(dy, held) * 2, [(left, back)]), summed + dy.double() @ weight.double())
