@@ -19,8 +19,8 @@ from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 import inlay
 from inlay.nn import delta_rule
-from inlay.nn.blocks import install_blocks
-from inlay.nn.delta_rule import FusedDeltaRule, computes_gated_delta_rule
+from inlay.nn.blocks import gated_norm_settings, install_blocks
+from inlay.nn.delta_rule import FusedDeltaRule, computes_causal_conv1d, computes_gated_delta_rule
 from inlay.nn.exchange import exchanged
 
 #: Every modeling of the installed transformers that has the fallback, by a model type that builds it.
@@ -187,14 +187,16 @@ def test_every_method_trains_to_the_same_losses(row):
 
 def test_it_is_our_op_that_runs(monkeypatch):
     _, fused = with_attention("qwen3_5_text")
-    calls = []
-    original = delta_rule.gated_delta_rule
+    calls, convolved = [], []
+    original, convolution = delta_rule.gated_delta_rule, delta_rule.causal_conv1d
     monkeypatch.setattr(delta_rule, "gated_delta_rule", lambda *a, **k: calls.append(a[0].shape) or original(*a, **k))
+    monkeypatch.setattr(delta_rule, "causal_conv1d", lambda *a, **k: convolved.append(1) or convolution(*a, **k))
     with torch.no_grad():
         fused(input_ids=tokens(7))
         fused(input_ids=tokens(1), cache=fused(input_ids=tokens(5), use_cache=True).cache)
     layers = len(rules(fused))
     assert [shape[1] for shape in calls] == [7] * layers + [5] * layers + [1] * layers
+    assert len(convolved) == 2 * layers  # a single token's is an update of the cache's
 
 
 def test_elsewhere_the_models_own_code_runs(monkeypatch):
@@ -287,6 +289,61 @@ def test_functions_are_told_apart():
         lambda s: (s.out * (1 + (s.g < -2).float()[..., None] * 1e-3), s.last),
     ):
         assert not computes_gated_delta_rule(changed(change))
+
+
+def test_convolutions_are_told_apart():
+    own = qwen3_next.causal_conv1d_fn
+
+    def changed_convolution(change):
+        def causal_conv1d_fn(hidden_states, weight, bias=None, activation=None, **kwargs):
+            return change(hidden_states, own(hidden_states, weight, bias, activation))
+
+        return causal_conv1d_fn
+
+    assert computes_causal_conv1d(own) and computes_causal_conv1d(changed_convolution(lambda x, y: y))
+    for change in (
+        lambda x, y: y * 1.001,
+        lambda x, y: y.roll(1, -1),
+        lambda x, y: y.clamp(-50, 50),
+        lambda x, y: x + y,
+    ):
+        assert not computes_causal_conv1d(changed_convolution(change))
+    assert not computes_causal_conv1d(lambda hidden_states, weight: own(hidden_states, weight))
+
+
+def test_gated_norms_are_told_apart():
+    from transformers.models.lara_mini.modeling_lara_mini import LaraMiniRMSNormGated
+    from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
+
+    norm = qwen3_next.Qwen3NextRMSNormGated
+    found = {"inlay_eps": 1e-6, "inlay_act": "silu"}
+    assert gated_norm_settings(norm(16)) == gated_norm_settings(LaraMiniRMSNormGated(16)) == found
+    assert gated_norm_settings(MambaRMSNormGated(16, 16)) is None  # which gates before it normalizes
+    assert gated_norm_settings(qwen3_next.Qwen3NextRMSNorm(16)) is None
+
+    class Scaled(norm):
+        def forward(self, hidden_states, gate):
+            return super().forward(hidden_states, gate) * 1.001
+
+    class OtherEps(norm):
+        def forward(self, hidden_states, gate):
+            rms = (hidden_states.square().mean(-1, keepdim=True) + 2 * self.variance_epsilon).sqrt()
+            return self.weight * hidden_states / rms * nn.functional.silu(gate)
+
+    class Sigmoid(norm):
+        def forward(self, hidden_states, gate):
+            return super().forward(hidden_states, gate) * gate.sigmoid() / nn.functional.silu(gate)
+
+    for kind in (Scaled, OtherEps, Sigmoid):
+        assert gated_norm_settings(kind(16)) is None
+
+
+def test_a_gate_of_another_dtype_takes_the_norms_own_way():
+    norm = qwen3_next.Qwen3NextRMSNormGated(16)
+    fused = nn.Sequential(copy.deepcopy(norm))
+    assert install_blocks(fused) == {"FusedGatedRMSNorm": 1}
+    x, gate = torch.randn(3, 16).bfloat16(), torch.randn(3, 16)
+    assert torch.equal(fused[0](x, gate), norm(x, gate))
 
 
 def test_another_signature_is_left_alone():

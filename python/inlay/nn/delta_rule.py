@@ -45,7 +45,7 @@ class FusedDeltaRule(Mixed):
         super().__init_subclass__(**keywords)
         if FusedDeltaRule in cls.__bases__:
             plain: Any = cls._inlay_plain_class.forward
-            cls.forward = exchanged(plain, _others(plain))
+            cls.forward = exchanged(plain, _others(plain)) or plain
 
 
 def delta_rule_settings(module: nn.Module) -> dict[str, Any] | None:

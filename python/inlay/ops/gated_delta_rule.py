@@ -38,12 +38,14 @@ CHUNK = 64
 
 
 def kernel_fits(q: Tensor) -> bool:
-    """True if our own kernel would run on ``q``, were it on this CPU."""
-    return q.dtype in (torch.float32, torch.bfloat16, torch.float16) and _native_available()
+    """True if our own kernel would be the faster one for ``q``, were it on this CPU."""
+    wanted = q.dtype in (torch.float32, torch.bfloat16, torch.float16) and _native_available()
+    # A graph is traced once, and the instruction set asked for outside it.
+    return wanted and (torch.compiler.is_compiling() or module().isa() != "scalar")
 
 
 def has_own_kernel(q: Tensor) -> bool:
-    """True where our own kernel runs on ``q``: on CPUs, in a dtype it knows."""
+    """True where our own kernel runs, and is faster than torch's products in a loop."""
     return q.is_cpu and kernel_fits(q)
 
 
