@@ -32,7 +32,8 @@ def check_int8(model: nn.Module) -> None:
     isa = _native.module().isa() if _native.available() else "no native engine"
     if isa != ISA:
         raise ValueError(
-            f'compute="int8": wanted a CPU that multiplies bytes and pairs of bf16 ({ISA}), got {isa}; leave compute out'
+            f'compute="int8": wanted a CPU that multiplies bytes and pairs of bf16 ({ISA}), got {isa}; '
+            "leave compute out"
         )
     if any(isinstance(module, QuantizedWeight) for module in model.modules()):
         raise ValueError('compute="int8": wanted dense weights, got packed ones; leave base out, or compute')

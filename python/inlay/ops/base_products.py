@@ -25,7 +25,6 @@ from torch.nn import functional
 from inlay.ops._registry import as_rows
 from inlay.ops.matmul_sum import matmul_sum, packs
 
-
 #: Operands of products that are added up.
 Terms = Sequence[tuple[Tensor, Tensor]]
 
@@ -91,7 +90,7 @@ def backward_input_plus(base: Any, dy: Tensor, left: Tensor, right: Tensor, tens
 
 
 def product_onto(left: Tensor, right_t: Tensor, x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:
-    """left·right_t + x·weight_t (+ bias), [..., out]: in one sum, or the narrow product first and the wide one onto it."""
+    """left·right_t + x·weight_t (+ bias), [..., out]: in one sum, or the wide product onto the narrow one."""
     if packs(x):
         return matmul_sum([x, left], [weight_t, right_t], bias)
     y = left.mm(right_t) if bias is None else torch.addmm(bias, left, right_t)

@@ -3,8 +3,8 @@
     y ≈ Σ_k a·b · s·t     a = round(x/s), s = max|x|/127 of a token     b = round(W/t), t of an output channel
     dx likewise, of dy per token and W per input channel
 
-Both operands are rounded at each call, so nothing is stored: a weight of 16 bits is 8 bits of each product. Gradients of
-weights, low-rank branches and chosen channels stay in bf16 and fp32.
+Both operands are rounded at each call, so nothing is stored. Gradients of weights, low-rank branches and chosen
+channels stay in bf16 and fp32.
 
 Source: the forward and input-gradient products of SwitchBack (Wortsman et al., 2023, arXiv:2304.13013), there with a
 scale per tensor for W, here per channel, as in LLM.int8() (arXiv:2208.07339) without its outliers.

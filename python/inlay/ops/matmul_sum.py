@@ -23,7 +23,7 @@ MANY = 32
 
 
 def packs(x: Tensor) -> bool:
-    """True where products of ``x [..., K]`` are this kernel's: plain bf16 tensors of many rows on a CPU of that kind."""
+    """True where products of ``x [..., K]`` are this kernel's: many rows of plain bf16 on a CPU of that kind."""
     if x.dtype != torch.bfloat16 or not x.is_cpu or x.numel() < MANY * x.shape[-1] or not x.shape[-1]:
         return False
     if torch.compiler.is_compiling() or not in_plain_torch((x,)) or _registry.forced() == "reference":
@@ -58,8 +58,8 @@ def _run(out: Tensor, lefts: list[Tensor], rights: list[Tensor], bias: Tensor | 
 def matmul_sum_(out: Tensor, lefts: list[Tensor], rights: list[Tensor], bias: Tensor | None, add: bool) -> None:
     """out [M, N] = Σ lefts[i] [M, K_i] · rights[i] [K_i, N] + bias [N], added to what is there if ``add``.
 
-    Sums are fp32 (float64 for float64 operands) and rounded once, to out's dtype. lefts bf16, rights bf16 or fp32: those
-    take part with 16 bits of their 24 in the kernel.
+    Sums are fp32 (float64 for float64 operands) and rounded once, to out's dtype. lefts bf16, rights bf16 or fp32:
+    those take part with 16 bits of their 24 in the kernel.
     """
     check_operands("matmul_sum_", out, lefts, rights)
     wide = torch.float64 if out.dtype == torch.float64 else torch.float32
