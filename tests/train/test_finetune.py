@@ -219,3 +219,16 @@ def test_messages_are_trained_through_the_chat_template(capsys):
     turns = [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "tac"}]
     finetune(tuned(), build_tokenizer(CHATML), [{"messages": turns}] * 5, **(QUICK | {"max_steps": 1}))
     assert "<|im_start|>assistant\n[[ tac<|im_end|> ]]" in capsys.readouterr().out
+
+
+def test_a_loss_that_leaves_logits_loses_its_padding_in_finetune_alone():
+    from families import BY_NAME
+
+    model = inlay.tune(BY_NAME["granite"].build(), METHOD)
+    model.resize_token_embeddings(300)
+    result = finetune(model, build_tokenizer(), RECORDS, **(QUICK | {"max_steps": 1}))
+    assert result.padding_fraction < 0.2 and model.inlay_state.padding_free.computed  # 7 of 48; 39 of 80 otherwise
+    tokens = torch.tensor([[5, 6, 7], [8, 0, 0]])
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    outputs = model.train()(input_ids=tokens.repeat(8, 1), attention_mask=mask.repeat(8, 1), labels=tokens.repeat(8, 1))
+    assert outputs.logits[1, 2].any() and model.inlay_state.padding_free.computed is None

@@ -9,6 +9,8 @@ the first one of a sample has no label, because what would predict it belongs to
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,16 +106,14 @@ class PaddingFree:
     Attributes:
         mode: "auto" (where samples are proven to run by their lengths), True (also by restarting positions, through a
             mask of the square of the tokens; an error where neither is proven) or False.
-        logits_unread: set by a trainer that reads nothing but the loss. Other callers may read logits wherever the loss
-            leaves any, those at padding too, which a row does not compute; then "auto" leaves padding in.
         computed: positions that the last forward ran in a row, None if it ran as it was given.
     """
 
     def __init__(self) -> None:
         self.mode: bool | str = "auto"
-        self.logits_unread = False
         self.computed: int | None = None
         self._leaves_logits: bool | None = None
+        self._unread = False
         self._proofs: dict[tuple, tuple[int, str | None]] = {}
         self._told: set[str] = set()
 
@@ -187,8 +187,18 @@ class PaddingFree:
         _put_logits_back(model, row)
         return args, {**kwargs, **row.arguments(self._by_lengths(model, longest) is None)}
 
+    @contextmanager
+    def only_the_loss(self) -> Iterator[None]:
+        """Within this context nothing but the loss is read. Elsewhere somebody may read logits wherever the loss leaves
+        any, those at padding too, which a row does not compute; there "auto" leaves padding in."""
+        self._unread, before = True, self._unread
+        try:
+            yield
+        finally:
+            self._unread = before
+
     def _logits_may_be_read(self, model: nn.Module) -> bool:
-        if self.logits_unread or computes_losses_only(model):
+        if self._unread or computes_losses_only(model):
             return False
         if not isinstance(getattr(model, "_loss_function", None), FusedCausalLoss):
             return True

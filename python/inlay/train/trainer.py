@@ -49,8 +49,6 @@ class Trainer(transformers.Trainer):
         self.add_callback(self.meter)
         self.frozen: Any = None  # the cache of states and the model's Replay, while inlay.train.frozen_cache runs
         self._pad_token_id = pad_token_id
-        if (state := state_of(self.model)) is not None:
-            state.padding_free.logits_unread = self.compute_metrics is None
         self._inlay_optimizer = inlay_optimizer
         self._step_loss = 0.0
         self._gradients_checked = False
@@ -101,13 +99,17 @@ class Trainer(transformers.Trainer):
             self._gradients_checked = True
         return loss
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        numbers = inputs.pop("number", None)
-        if self.frozen is None or numbers is None:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        cache, replay = self.frozen
-        with cache.step(replay, numbers, inputs["attention_mask"] != 0):
-            return super().compute_loss(model, inputs, *args, **kwargs)
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        numbers, state = inputs.pop("number", None), state_of(self.model)
+        frozen: Any = nullcontext()
+        if self.frozen is not None and numbers is not None:
+            cache, replay = self.frozen
+            frozen = cache.step(replay, numbers, inputs["attention_mask"] != 0)
+        unread = state.padding_free.only_the_loss() if state is not None and not return_outputs else nullcontext()
+        with frozen, unread:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
 
     def _make_room(self, inputs: dict[str, Tensor]) -> None:
         """On a CPU, give back the holes in the heap that a batch of another shape left."""
