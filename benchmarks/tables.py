@@ -25,7 +25,10 @@ _BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTAL
 TITLES = {
     "inlay-s2ft": "**inlay S2FT** (o_proj + down_proj, 3%)",
     "inlay-s2ft-in-place": "inlay S2FT, in place",
+    "inlay-s2ft-int8": 'inlay S2FT, `compute="int8"`',
     "inlay-lora": "inlay LoRA (r=16, all linears)",
+    "inlay-lora-int8": 'inlay LoRA, `compute="int8"`',
+    "torch-paca": "PaCA in plain torch (3% of the same inputs)",
     "inlay-qlora": "inlay LoRA on nf4 (r=16, all linears)",
     "inlay-s2ft-nf4": "inlay S2FT on nf4 (3%)",
     "peft-lora": "PEFT LoRA (r=16, all linears)",
@@ -92,6 +95,31 @@ def step_table(name: str, peer: str) -> str:
         )
     lines.append(f"{machine_line(result['machine'])}.")
     return "\n".join(lines) + "\n"
+
+
+#: Shapes of a step: the file's ending, and what the tables call it.
+SHAPES = {"4x256": "4 x 256", "demo": "32 samples of 4 to 22 tokens", "2048": "1 x 2,048"}
+
+
+def shapes_table(prefix: str, peer: str) -> str:
+    """Tokens/s of every method at several shapes of a batch; ratios are to ``peer`` at each."""
+    found = {shape: result for shape in SHAPES if (result := read(f"{prefix}_{shape}")) is not None}
+    if not found:
+        return "not measured yet\n"
+    rows = {shape: {row["method"]: row for row in result["rows"]} for shape, result in found.items()}
+    lines = [f"| SmolLM2-135M, bf16, tokens/s | {' | '.join(SHAPES[shape] for shape in found)} |"]
+    lines.append("|---" * (len(found) + 1) + "|")
+    for method in dict.fromkeys(method for by_method in rows.values() for method in by_method):
+        cells = [_speed(by_method, method, peer) for by_method in rows.values()]
+        lines.append(f"| {TITLES.get(method, method)} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"{machine_line(next(iter(found.values()))['machine'])}."]) + "\n"
+
+
+def _speed(rows: dict[str, Any], method: str, peer: str) -> str:
+    if method not in rows:
+        return ""
+    speed, other = rows[method]["tokens_per_second"], rows[peer]["tokens_per_second"]
+    return f"{speed:.0f} ({speed / other:.2f}x)"
 
 
 def quality_table() -> str:
@@ -221,6 +249,9 @@ def run_memory_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "train-step": lambda: step_table("train_step_cpu", "peft-lora"),
     "train-step-nf4": lambda: step_table("train_step_cpu_nf4", "peft-qlora"),
+    "train-step-shapes": lambda: shapes_table("train_step_avx512_bf16", "peft-lora"),
+    "train-step-shapes-nf4": lambda: shapes_table("train_step_avx512_bf16_nf4", "peft-qlora"),
+    "train-step-avx2": lambda: step_table("train_step_avx2", "peft-lora"),
     "train-step-whole": lambda: step_table("train_step_cpu_whole", "full"),
     "quality": quality_table,
     "scale": scale_table,
@@ -229,6 +260,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention": lambda: op_table("attention", "attention_avx512"),
     "gated-delta-rule": lambda: op_table("gated_delta_rule", "causal_conv1d"),
     "four-bit-ops": lambda: op_table("quantize_blockwise", "quantized_linear"),
+    "matmul-sum": lambda: op_table("matmul_sum"),
     "cross-entropy": lambda: op_table("cross_entropy"),
     "generate": generate_table,
 }

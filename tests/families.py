@@ -31,6 +31,7 @@ class Family:
         fused_loss: whether the fused loss may stand for its own loss.
         blocks: how many of each fused block ``tune`` installs.
         layers: number of blocks. targets: linears that the default targets of S2FT name.
+        slack: how many times as large as the others' its own rounding errors are, fused or not.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Family:
     causal: bool = True
     fused_loss: bool = True
     blocks: tuple[tuple[str, int], ...] = ()
+    slack: float = 1.0
 
     def __str__(self) -> str:
         return self.name
@@ -111,6 +113,7 @@ def _builder(model: str, config: str, attention: str | None = None, **options: A
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # what is only moved below starts at random in some
             made = getattr(hf, model)(settings)
+        torch.rand(1)  # a test that goes on drawing from the same seed must not draw these weights again
         return perturb(made)
 
     return build
@@ -305,6 +308,7 @@ FAMILIES.append(
         text_batch,
         targets=4,
         blocks=_blocks(7, 2, 0, 1),
+        slack=10.0,  # at a token whose keys nearly cancel both are 2e-5 and more away from float64
     )
 )
 

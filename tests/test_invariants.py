@@ -106,6 +106,8 @@ def test_fused_blocks_and_loss_change_no_gradient(row):
     unfused = {"fused_blocks": False, "fused_loss": False, "calibration": data_for(row)}
     plain = shake(inlay.tune(llama(**row.model), method, base=row.base, **unfused).train())
     fused = shake(tuned_by(row).train())
+    if "drop" in row.name:
+        fused.set_padding_free(False)  # dropout draws a number for each token that runs
     wanted = gradients(plain)
     for name, grad in gradients(fused).items():
         close(grad, wanted[name], name)

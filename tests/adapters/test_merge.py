@@ -32,7 +32,7 @@ def test_same_answers_from_plain_modules(family, update):
     wanted = eval_logits(tuned, family.batch(0))
     state = {key: tensor.clone() for key, tensor in tuned.state_dict().items()}
     merged = inlay.merge(tuned)
-    assert_close(eval_logits(merged, family.batch(0)), wanted, atol=1e-5, what="logits")
+    assert_close(eval_logits(merged, family.batch(0)), wanted, atol=1e-5 * family.slack, what="logits")
     assert not torch.equal(wanted, eval_logits(base, family.batch(0)))
 
     assert {name: type(module) for name, module in merged.named_modules()} == {

@@ -3,6 +3,7 @@
 adapters/base          a tiny Llama, fp32
 adapters/v1/<kind>     by the release that wrote format 1; logits.safetensors holds token ids and what it answered
 adapters/v2/<kind>     tensors trained whole beside the deltas
+adapters/v3/<kind>     of tensors trained whole, the rows that changed alone
 
 `python tests/golden/make_adapters.py v2` with the code whose format is to be kept. Later formats add a folder.
 """
@@ -49,6 +50,10 @@ KINDS = {
         "lora-embeddings": (lambda: inlay.LoRA(r=2, modules_to_save=["embed_tokens", "norm"]), None, 0),
         "s2ft-unfrozen": (lambda: inlay.S2FT(ratio=0.2), None, 0),
     },
+    "v3": {
+        "full-rows": (lambda: inlay.Full(), None, 0),
+        "freeze-layers-rows": (lambda: inlay.FreezeLayers(layers=1), None, 0),
+    },
 }
 
 
@@ -72,11 +77,15 @@ def make(kind: str, folder: Path, method, base: str | None, labels: int) -> None
     if kind == "s2ft-unfrozen":
         model.model.norm.weight.requires_grad_(True)
         model.lm_head.weight.requires_grad_(True)
+    rows = folder.parent.name == "v3"
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=random))
-    model.save_pretrained(str(folder))
+                change = 0.2 * torch.randn(parameter.shape, generator=random)
+                if rows and parameter.dim() > 1:
+                    change[::2] = 0
+                parameter.add_(change)
+    model.save_pretrained(str(folder), **({"delta": True} if rows else {}))
     (folder / "README.md").unlink()
     save_file({"ids": IDS, "logits": answer(model).contiguous()}, folder / "logits.safetensors")
 

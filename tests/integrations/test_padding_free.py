@@ -281,3 +281,13 @@ def test_neighbours_are_seen_where_a_mask_lets_them():
     assert leak > 0.01 and shift > 0.01
     leak, shift = logits_of_neighbours(model, mask=RowMask)
     assert leak < 1e-6 and shift < 1e-5
+
+
+@native
+def test_padding_stays_where_a_piece_draws_for_whole_samples():
+    """A row is one sample to it: all would be left out, or none."""
+    model = tuned("llama", inlay.RAdapter(r=2, drop_path=0.5))
+    assert step(model, batch(), "auto")[2] is None
+    with pytest.raises(ValueError, match="draws random numbers for whole samples"):
+        step(model, batch(), True)
+    assert step(tuned("llama", inlay.RAdapter(r=2, drop_path=0.0)), batch(), "auto")[2] is not None

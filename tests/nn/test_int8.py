@@ -30,7 +30,8 @@ def batch(model, rows=4, width=16):
 
 def losses(model, steps=12, lr=2e-3):
     tokens = batch(model)
-    optimizer = inlay.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = inlay.optim.AdamW(trained, lr=lr, rounding="residual")
     model.train()
     found = []
     for _ in range(steps):
@@ -43,15 +44,12 @@ def losses(model, steps=12, lr=2e-3):
 
 
 @needs_bytes
-@pytest.mark.parametrize("make", [lambda: inlay.S2FT(ratio=0.2), lambda: inlay.LoRA(r=4), lambda: inlay.BitFit()])
+@pytest.mark.parametrize("make", [lambda: inlay.S2FT(ratio=0.2), lambda: inlay.LoRA(r=4), lambda: inlay.LNTuning()])
 @pytest.mark.parametrize("family", QUICK)
 def test_trains_to_the_same_loss(family, make, monkeypatch):
     monkeypatch.setattr("inlay.ops.matmul_sum.MANY", 1)
     plain = tiny(family)
-    try:
-        exact = inlay.tune(copy.deepcopy(plain), make())
-    except ValueError as error:
-        pytest.skip(f"not for this family: {error}")
+    exact = inlay.tune(copy.deepcopy(plain), make())
     ours = inlay.tune(plain, make(), compute="int8")
     wanted, got = losses(exact), losses(ours)
     assert wanted[-1] < wanted[0]
@@ -84,8 +82,15 @@ def test_conv1d_and_narrow_weights(monkeypatch):
 @needs_bytes
 def test_weights_that_train_are_multiplied_as_they_are(monkeypatch):
     monkeypatch.setattr("inlay.ops.matmul_sum.MANY", 1)
-    models = [inlay.tune(tiny(), inlay.Full(), compute=compute) for compute in (None, "int8")]
-    assert losses(models[0], steps=3) == losses(models[1], steps=3)
+    found = []
+    for compute in (None, "int8"):
+        model = inlay.tune(tiny(), inlay.Full(), compute=compute).train()
+        tokens = batch(model)
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        found.append((float(loss.detach()), [p.grad for p in model.parameters() if p.grad is not None]))
+    assert found[0][0] == found[1][0] and len(found[0][1]) == len(found[1][1]) > 0
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1]))
     model = inlay.tune(tiny(), inlay.S2FT(ratio=0.2), compute="int8")
     weight = model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
     tokens = batch(model)

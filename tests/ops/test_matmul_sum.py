@@ -104,6 +104,12 @@ def test_errors_name_both_shapes():
             op(out, [left], [], None, False)
 
 
+@pytest.mark.parametrize("op", [matmul_sum_, int8_matmul_sum_])
+def test_opcheck(op):
+    lefts, rights = operands(17, (6, 4), 9)
+    torch.library.opcheck(op.overload, (torch.randn(17, 9).bfloat16(), lefts, rights, torch.randn(9).bfloat16(), True))
+
+
 def test_packs_wants_many_rows_of_bf16_and_the_engine():
     many = torch.randn(64, 8).bfloat16()
     here = _native.available() and _native.module().isa() == ISA

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..nn.head import FusedCausalLoss, computes_losses_only
 from ..nn.rows import RowMask
 from ..nn.wanted import of_a_library
+from ..pieces import Piece
 from ..sharding import is_sharded
 from .rows_proof import LONGEST_PROOF, leaves_logits, why_not_at_all, why_not_by_lengths, why_not_by_positions
 
@@ -131,6 +132,13 @@ class PaddingFree:
         """
         if self.mode is False:
             return "padding_free=False"
+        if any(isinstance(module, Piece) and module.draws_by_sample for module in model.modules()):
+            reason = "a piece draws random numbers for whole samples"
+            if self.mode is True:
+                raise ValueError(
+                    f'padding_free=True: {reason}, and a row has one; leave it out ("auto" keeps the padding)'
+                )
+            return reason
         reason = self._by_lengths(model, longest)
         if reason is not None and self.mode is True:
             self._demand_by_positions(model)

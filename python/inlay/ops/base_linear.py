@@ -60,7 +60,7 @@ def base_linear(x: Tensor, base: Any, *tensors: Tensor | None) -> Tensor:
     Raises:
         TypeError: a scale of a packed weight requires a gradient.
     """
-    if trains(tensors):
+    if trains(tensors[:1]):
         base = getattr(base, "dense", base)  # a weight that trains is multiplied as it is
     if base in (DenseBase, DenseBaseT) and packs(x) and not trains(tensors) and _one_dtype(x, tensors):
         return apply(_BaseLinear, x, base, *tensors)

@@ -41,6 +41,7 @@ class Piece(nn.Module, ABC):
         owns_base: True if the piece changes what the base holds; it must be the only one on its base.
         needs_quantized_base: True if it means nothing on a dense base.
         needs_dense_base: True if it means nothing on a quantized base.
+        draws_by_sample: True if training draws a random number for a whole sample, the first dimension of its input.
         stored: what an adapter file stores, key in the file to attribute, in the order it is written.
     """
 
@@ -49,6 +50,7 @@ class Piece(nn.Module, ABC):
     owns_base: bool = False
     needs_quantized_base: bool = False
     needs_dense_base: bool = False
+    draws_by_sample: bool = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Move between devices, but stay wide where the model goes to 16 bits: see :func:`keeping_width`."""

@@ -45,6 +45,7 @@ class OutputAdapter(LinearPiece):
     ) -> None:
         super().__init__(*widths(module))
         self.drop_path, self.eval_scale = drop_path, eval_scale
+        self.draws_by_sample = drop_path > 0
         self.base_bias = getattr(module, "bias", None) is not None
         self.make(like_of(module), r, generator)
         self.r_adapter_scale = nn.Parameter(self.r_adapter_up.detach().new_full((1,), 0.1))
