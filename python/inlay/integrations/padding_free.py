@@ -133,12 +133,12 @@ class PaddingFree:
         if self.mode is False:
             return "padding_free=False"
         if any(isinstance(module, Piece) and module.draws_by_sample for module in model.modules()):
-            reason = "a piece draws random numbers for whole samples"
+            drawn = "a piece draws random numbers for whole samples"
             if self.mode is True:
                 raise ValueError(
-                    f'padding_free=True: {reason}, and a row has one; leave it out ("auto" keeps the padding)'
+                    f'padding_free=True: {drawn}, and a row has one; leave it out ("auto" keeps the padding)'
                 )
-            return reason
+            return drawn
         reason = self._by_lengths(model, longest)
         if reason is not None and self.mode is True:
             self._demand_by_positions(model)
