@@ -298,7 +298,7 @@ _QWEN3_5 = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
+    "linear_key_head_dim": 16,
     "linear_value_head_dim": 8,
 }
 FAMILIES.append(
@@ -308,7 +308,7 @@ FAMILIES.append(
         text_batch,
         targets=4,
         blocks=_blocks(7, 2, 0, 1),
-        slack=10.0,  # at a token whose keys nearly cancel both are 2e-5 and more away from float64
+        slack=4.0,  # where keys nearly cancel its own rounding, eager or fused, is 5e-6 and more
     )
 )
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..ops import base_products
 from ..ops._registry import as_rows
 from ..ops.quantize_blockwise import (
     QUANT_TYPES,
@@ -82,18 +83,18 @@ class FourBit(Storage):
         factors = (a, b, scale, self.quant_type, self.blocksize, self.rows)
         return quantized_lora_linear_small(as_rows(x), *tensors, *factors).view(*x.shape[:-1], self.rows)
 
+    def _at_once(self, x: Tensor) -> bool:
+        """True where a narrow product runs with the whole weight: not on CPUs, which dequantize a part at a time."""
+        return self.columns > 1 and base_products.wide_sums(x)
+
     def forward_plus(self, x: Tensor, left: Tensor, right: Tensor, *tensors: Tensor | None) -> Tensor:
-        if decodes_in_registers(x, self.blocksize) or self.columns < 2:
-            y = self.forward(x, *tensors)
-            y.view(-1, self.rows).addmm_(left, right.t())
-            return y
+        if decodes_in_registers(x, self.blocksize) or not self._at_once(x):
+            return base_products.add_narrow(self.forward(x, *tensors), left, right.t())
         return FourBitStack((self,)).forward(x, [tensors], left, right)[0]
 
     def backward_input_plus(self, dy: Tensor, left: Tensor, right: Tensor, *tensors: Tensor | None) -> Tensor:
-        if self.columns < 2:
-            dx = self.backward_input(dy, *tensors)
-            dx.view(-1, self.columns).addmm_(left, right)
-            return dx
+        if not self._at_once(dy):
+            return base_products.add_narrow(self.backward_input(dy, *tensors), left, right)
         return FourBitStack((self,)).backward_input([dy], [tensors], left, right)
 
     @staticmethod

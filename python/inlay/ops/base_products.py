@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from inlay.ops._registry import as_rows
-from inlay.ops.matmul_sum import matmul_sum, packs
+from inlay.ops.matmul_sum import matmul_sum, matmul_sum_, packs
 
 #: Operands of products that are added up.
 Terms = Sequence[tuple[Tensor, Tensor]]
@@ -71,22 +71,28 @@ def sums_at_once(base: Any, x: Tensor) -> bool:
     return (wide_sums(x) or packs(x)) and hasattr(base, "forward_plus")
 
 
+def add_narrow(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """y += left·right in the memory of y [..., N], for left [M, r], right [r, N]; of one dtype, or right in fp32."""
+    rows = y.view(-1, y.shape[-1])
+    if packs(rows):
+        matmul_sum_(rows, [left], [right], None, True)
+    else:
+        rows.addmm_(left, right.to(y.dtype))
+    return y
+
+
 def forward_plus(base: Any, x: Tensor, left: Tensor, right: Tensor, tensors: tuple) -> Tensor:
     """base(x) + left·rightᵀ for x [..., in], left [M, r], right [out, r]; all of one dtype."""
     if sums_at_once(base, x):
         return base.forward_plus(x, left, right, *tensors)
-    y = base.forward(x, *tensors)
-    y.view(-1, y.shape[-1]).addmm_(left, right.t())
-    return y
+    return add_narrow(base.forward(x, *tensors), left, right.t())
 
 
 def backward_input_plus(base: Any, dy: Tensor, left: Tensor, right: Tensor, tensors: tuple) -> Tensor:
     """dy·W + left·right for dy [..., out], left [M, r], right [r, in]; all of one dtype."""
     if sums_at_once(base, dy):
         return base.backward_input_plus(dy, left, right, *tensors)
-    dx = base.backward_input(dy, *tensors)
-    dx.view(-1, dx.shape[-1]).addmm_(left, right)
-    return dx
+    return add_narrow(base.backward_input(dy, *tensors), left, right)
 
 
 def product_onto(left: Tensor, right_t: Tensor, x: Tensor, weight_t: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -33,12 +33,14 @@ from inlay.ops._registry import (
     without_autocast,
     without_views,
 )
-from inlay.ops.matmul_sum import mm, mm_into
+from inlay.ops.matmul_sum import mm, mm_into, packs
 from inlay.ops.submatrix import submatrix_grad_into_
 
 # Rows of logits alive at a time. Measured at 1,024 x 49,152 x 576 bf16 on 2 AMX cores, forward + backward: 128 rows
 # 670 ms, 256: 485, 512: 365, 1,024: 380 (the two matmuls alone: 290). Below 512 the GEMM repacks the weight too often.
 DEFAULT_CHUNK = 512
+# Where products are packed by ourselves, 256 rows lose nothing.
+PACKED_CHUNK = 256
 
 # Rows of the head's gradient that are scaled at a time: an fp32 copy of them stays in cache.
 _SCALED = 512
@@ -140,7 +142,7 @@ class _Sums:
 def _chunk_size(rows: int, hidden: Tensor, weight: Tensor, chunk: int | None, trained: bool) -> int:
     """Rows of logits: as many chunks as are asked for, of nearly one size, so that no small, slow one is the last."""
     if chunk is None:
-        chunk = DEFAULT_CHUNK
+        chunk = PACKED_CHUNK if packs(hidden) else DEFAULT_CHUNK
         width, bytes_each = hidden.shape[-1], hidden.element_size()
         if trained and weight.dtype == hidden.dtype and rows <= 4 * width // bytes_each:
             chunk = max(1, rows)  # logits no larger than the fp32 sum, which one chunk does not need

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from inlay import _native
 from inlay.ops._registry import as_rows, raw_op
-from inlay.ops.base_products import DenseBase, DenseBaseT, Terms
-from inlay.ops.matmul_sum import ISA, check_operands, matmul_sum_, packs, unit_stride
+from inlay.ops.base_products import DenseBase, DenseBaseT, Terms, add_narrow
+from inlay.ops.matmul_sum import ISA, check_operands, packs, unit_stride
 
 
 def _eighths(t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -60,12 +60,6 @@ def int8_matmul_sum(lefts: Sequence[Tensor], rights: Sequence[Tensor], bias: Ten
     return out.view(*lefts[0].shape[:-1], out.shape[1])
 
 
-def _plus(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """y + left·right in y's memory."""
-    matmul_sum_(y.view(-1, y.shape[-1]), [left], [right], None, True)
-    return y
-
-
 class Int8Products(DenseBase):
     """nn.Linear in 8 bits where products are packed (many rows of bf16), :class:`DenseBase` elsewhere."""
 
@@ -82,19 +76,19 @@ class Int8Products(DenseBase):
 
     @staticmethod
     def forward_plus(x: Tensor, left: Tensor, right: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _plus(Int8Products.forward(x, weight, bias), left, right.t())
+        return add_narrow(Int8Products.forward(x, weight, bias), left, right.t())
 
     @staticmethod
     def backward_input_plus(
         dy: Tensor, left: Tensor, right: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        return _plus(Int8Products.backward_input(dy, weight), left, right)
+        return add_narrow(Int8Products.backward_input(dy, weight), left, right)
 
     @staticmethod
     def add_up(terms: Terms, narrow: Terms) -> Tensor:
         dx = int8_matmul_sum(*zip(*terms, strict=True))
         for left, right in narrow:
-            _plus(dx, left, right)
+            add_narrow(dx, left, right)
         return dx
 
 
@@ -113,12 +107,12 @@ class Int8ProductsT(DenseBaseT):
 
     @staticmethod
     def forward_plus(x: Tensor, left: Tensor, right: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _plus(Int8ProductsT.forward(x, weight, bias), left, right.t())
+        return add_narrow(Int8ProductsT.forward(x, weight, bias), left, right.t())
 
     @staticmethod
     def backward_input_plus(
         dy: Tensor, left: Tensor, right: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        return _plus(Int8ProductsT.backward_input(dy, weight), left, right)
+        return add_narrow(Int8ProductsT.backward_input(dy, weight), left, right)
 
     add_up = staticmethod(Int8Products.add_up)
