@@ -98,7 +98,7 @@ def step_table(name: str, peer: str) -> str:
 
 
 #: Shapes of a step: the file's ending, and what the tables call it.
-SHAPES = {"4x256": "4 x 256", "demo": "32 samples of 4 to 22 tokens", "2048": "1 x 2,048"}
+SHAPES = {"4x256": "4 x 256", "demo": "32 samples of 6 to 30 tokens", "2048": "1 x 2,048"}
 
 
 def shapes_table(prefix: str, peer: str) -> str:

@@ -50,8 +50,8 @@ def tune(
         fused_loss: compute the causal-LM loss without keeping logits, where it is proven to be the model's loss.
             In training mode ``outputs.logits`` is then not available; False brings it back.
         compute: "int8" multiplies the blocks' frozen weights in 8 bits, forward and input gradient, with a scale per
-            token and per channel: about twice as fast where the CPU has it, and no longer exact. Nothing of it is
-            saved. None multiplies in the model's dtype.
+            token and per channel: products twice as fast where the CPU has them, and no longer exact (a loss some 1%
+            higher to begin with; docs/performance.md). Nothing of it is saved. None multiplies in the model's dtype.
 
     Raises:
         TypeError: ``method`` is not a method config.
