@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..ops import base_products
 from ..ops._registry import as_rows
+from ..ops.matmul_sum import packs
 from ..ops.quantize_blockwise import (
     QUANT_TYPES,
     check_blocksize,
@@ -25,6 +26,7 @@ from ..ops.quantize_blockwise import (
     quantize_absmax,
 )
 from ..ops.quantized_linear import (
+    PANEL_BYTES,
     decodes_in_registers,
     lora_branch_fits,
     quantized_linear,
@@ -84,8 +86,9 @@ class FourBit(Storage):
         return quantized_lora_linear_small(as_rows(x), *tensors, *factors).view(*x.shape[:-1], self.rows)
 
     def _at_once(self, x: Tensor) -> bool:
-        """True where a narrow product runs with the whole weight: not on CPUs, which dequantize a part at a time."""
-        return self.columns > 1 and base_products.wide_sums(x)
+        """True where a narrow product runs with the whole weight, which CPUs dequantize in parts of PANEL_BYTES."""
+        one_part = self.rows * self.columns * x.element_size() <= PANEL_BYTES
+        return self.columns > 1 and (base_products.wide_sums(x) or (one_part and packs(x)))
 
     def forward_plus(self, x: Tensor, left: Tensor, right: Tensor, *tensors: Tensor | None) -> Tensor:
         if decodes_in_registers(x, self.blocksize) or not self._at_once(x):

@@ -23,6 +23,7 @@ from torch.nn import functional
 from inlay._native import module
 from inlay.ops._registry import as_rows, fail, in_plain_torch, raw_op
 from inlay.ops.base_products import product_onto
+from inlay.ops.matmul_sum import packs
 from inlay.ops.quantize_blockwise import check_packed, dequantize_4bit_, dynamic_map, levels
 from inlay.ops.quantized_linear import workspace
 
@@ -152,7 +153,7 @@ def stack_forward(
     """
     weights.check("stack_forward")
     flat, bias = as_rows(x.detach()), _one_bias(biases, weights.rows, x)
-    if left is not None and right is not None and sum(weights.rows) > weights.columns:
+    if left is not None and right is not None and sum(weights.rows) > weights.columns and not packs(flat):
         width = _eights(left.shape[1])
         panel = weights.dequantize(flat, beside=width)
         _fill(panel[:, weights.columns :], right)
@@ -197,7 +198,13 @@ def stack_backward_input(
     weights.check("stack_backward_input")
     rows = [as_rows(dy.detach()) for dy in dys]
     together, total = side_by_side(rows), sum(weights.rows)
-    if together is not None and left is not None and right is not None and weights.columns > total:
+    if (
+        together is not None
+        and left is not None
+        and right is not None
+        and weights.columns > total
+        and not packs(together)
+    ):
         width = _eights(left.shape[1])
         panel = weights.dequantize(together, below=width)
         _fill(panel[total:].t(), right.t())
