@@ -251,7 +251,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "train-step-nf4": lambda: step_table("train_step_cpu_nf4", "peft-qlora"),
     "train-step-shapes": lambda: shapes_table("train_step_avx512_bf16", "peft-lora"),
     "train-step-shapes-nf4": lambda: shapes_table("train_step_avx512_bf16_nf4", "peft-qlora"),
-    "train-step-avx2": lambda: step_table("train_step_avx2", "peft-lora"),
     "train-step-whole": lambda: step_table("train_step_cpu_whole", "full"),
     "quality": quality_table,
     "scale": scale_table,

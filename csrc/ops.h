@@ -43,9 +43,9 @@ INLAY_CPU_OP(matmul_sum, (const TensorView& out, const TensorList& lefts, const 
                           const TensorView& bias, bool add))
 
 // The same of operands in 8 bits: lefts[i] ≈ s[m]·a and rights[i] ≈ t[n]·b with a, b whole in ±127, s[m] the
-// largest magnitude of row m over 127, t[n] that of column n, or 1 where all is 0; a = nearest(x·(1/s)), ties
-// to even, b likewise. Σ a·b is exact, Σ_i s·t·Σ a·b in fp32. Isa avx512_bf16 only lefts[i] and rights[i]
-// bf16, lefts[i] with unit stride along the contraction, K_i ≤ 65536
+// largest magnitude of row m over 127, t[n] that of column n, or 1 where it is below 2⁻¹¹⁹; a =
+// nearest(x·(1/s)), ties to even, b likewise. Σ a·b is exact, Σ_i s·t·Σ a·b in fp32. Isa avx512_bf16 only
+// lefts[i] and rights[i] bf16, lefts[i] with unit stride along the contraction, K_i ≤ 65536
 INLAY_CPU_OP(int8_matmul_sum, (const TensorView& out, const TensorList& lefts, const TensorList& rights,
                                const TensorView& bias, bool add))
 

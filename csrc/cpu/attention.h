@@ -63,11 +63,9 @@ inline void parallel_with_scratch(int64_t pieces, int64_t cost, int64_t bytes, F
   (void)threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    char* memory = new char[size_t(bytes + 64)];
-    char* aligned = memory + (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64;
+    const Aligned scratch(bytes);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < pieces; ++i) f(i, aligned);
-    delete[] memory;
+    for (int64_t i = 0; i < pieces; ++i) f(i, scratch.start);
   }
 }
 

@@ -52,6 +52,18 @@ inline double long_sum(int64_t size, F&& term) {
   return total;
 }
 
+// 64-byte aligned scratch of any content.
+struct Aligned {
+  char* block;
+  char* start;
+  explicit Aligned(int64_t bytes) : block(new char[size_t(bytes + 64)]) {
+    start = block + (64 - reinterpret_cast<uintptr_t>(block) % 64) % 64;
+  }
+  ~Aligned() { delete[] block; }
+  Aligned(const Aligned&) = delete;
+  Aligned& operator=(const Aligned&) = delete;
+};
+
 // f(i) for i in [0, pieces), in contiguous spans per thread. `cost` = elementary steps of one piece.
 template <class F>
 inline void parallel_for(int64_t pieces, int64_t cost, F&& f) {

@@ -129,18 +129,6 @@ void pack_across(uint32_t* out, int64_t ld, const Source& source, int64_t j, int
   }
 }
 
-// 64-byte aligned scratch of any content.
-struct Aligned {
-  char* block;
-  char* start;
-  explicit Aligned(int64_t bytes) : block(new char[size_t(bytes + 64)]) {
-    start = block + (64 - reinterpret_cast<uintptr_t>(block) % 64) % 64;
-  }
-  ~Aligned() { delete[] block; }
-  Aligned(const Aligned&) = delete;
-  Aligned& operator=(const Aligned&) = delete;
-};
-
 }  // namespace
 }  // namespace INLAY_ISA_NS
 }  // namespace inlay

@@ -14,7 +14,8 @@ namespace inlay {
 namespace INLAY_ISA_NS {
 namespace {
 
-inline float scale_of(float largest) { return largest > 0 ? largest / 127.0f : 1.0f; }
+// From 2⁻¹¹⁹ on the inverse of a scale is finite, too; what is smaller becomes 0. A NaN stays one.
+inline float scale_of(float largest) { return largest < 0x1p-119f ? 1.0f : largest / 127.0f; }
 
 inline __m512 wide_at(const uint16_t* p, int64_t n) {
   const __m256i words = _mm256_maskz_loadu_epi16(first(n < 0 ? 0 : n < 16 ? int(n) : 16), p);

@@ -137,17 +137,14 @@ void tiles(const Weight& w, const Split& x, const Output<T>& out) {
 // multiplies by, 32 rows by one block at a time, and are consumed from L1. x lies ready as pairs of channels,
 // one column per row of x.
 struct Pairs {
-  char* block;
+  const Aligned block;
   uint32_t* values;
-  explicit Pairs(const TensorView& x) : block(new char[size_t(x.shape[1]) * 32 + 64]) {
-    values = reinterpret_cast<uint32_t*>(block + (64 - reinterpret_cast<uintptr_t>(block) % 64) % 64);
+  explicit Pairs(const TensorView& x) : block(x.shape[1] * 32) {
+    values = reinterpret_cast<uint32_t*>(block.start);
     memset(values, 0, size_t(x.shape[1]) * 32);  // columns beyond the last row of x stay 0
     for (int64_t m = 0; m < x.shape[0]; ++m)
       pair_channels(values + m, 16, row<const uint16_t>(x, m), 1, x.shape[1]);
   }
-  ~Pairs() { delete[] block; }
-  Pairs(const Pairs&) = delete;
-  Pairs& operator=(const Pairs&) = delete;
 };
 
 void amx_rows(const Weight& w, const float* table, const Pairs& x, int64_t n, int64_t rows, float* sums) {

@@ -24,17 +24,8 @@ constexpr int64_t kAhead = 16;  // rows: rows lie too far apart for the hardware
 
 int64_t whole_squares(int64_t size) { return (size + kSquare - 1) / kSquare * kSquare; }
 
-// 64-byte aligned scratch, zeroed.
-struct Scratch {
-  char* block;
-  char* aligned;
-  explicit Scratch(int64_t bytes) : block(new char[size_t(bytes + 64)]) {
-    aligned = block + (64 - reinterpret_cast<uintptr_t>(block) % 64) % 64;
-    memset(aligned, 0, size_t(bytes));
-  }
-  ~Scratch() { delete[] block; }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
+struct Zeroed : Aligned {
+  explicit Zeroed(int64_t bytes) : Aligned(bytes) { memset(start, 0, size_t(bytes)); }
 };
 
 // Pairs of rows [first, first + count) of 32 columns of dy; rows and columns beyond the end are 0.
@@ -87,20 +78,20 @@ void write(const TensorView& out, const float* sums, int64_t column, bool add) {
 void submatrix_grad(const TensorView& out, const TensorView& dy, const TensorView& x, bool add) {
   const int64_t tokens = dy.shape[0], columns = dy.shape[1], chosen = x.shape[1];
   const int64_t padded = whole_squares(tokens), narrow = whole_squares(chosen);
-  Scratch left(narrow * padded * 2);
-  auto* turned = reinterpret_cast<uint16_t*>(left.aligned);
+  Zeroed left(narrow * padded * 2);
+  auto* turned = reinterpret_cast<uint16_t*>(left.start);
   parallel_for(chosen, tokens * 4, [&](int64_t j) {
     for (int64_t m = 0; m < tokens; ++m) turned[j * padded + m] = row<const uint16_t>(x, m)[j];
   });
   parallel_for((columns + kColumns - 1) / kColumns, 2 * tokens * (chosen + 32), [&](int64_t piece) {
     const Tiles tiles;
-    Scratch right(kTokens * kColumns * 2), sums(narrow * kColumns * 4);
+    Zeroed right(kTokens * kColumns * 2), sums(narrow * kColumns * 4);
     const int64_t column = piece * kColumns, squares = columns - column > kSquare ? 2 : 1;
     for (int64_t first = 0; first < tokens; first += kTokens) {
       const int64_t count = tokens - first < kTokens ? tokens - first : kTokens;
       for (int64_t c = 0; c < squares; ++c) {
-        auto* pairs = reinterpret_cast<uint32_t*>(right.aligned) + c * kTokens / 2 * kSquare;
-        auto* total = reinterpret_cast<float*>(sums.aligned) + c * narrow * kSquare;
+        auto* pairs = reinterpret_cast<uint32_t*>(right.start) + c * kTokens / 2 * kSquare;
+        auto* total = reinterpret_cast<float*>(sums.start) + c * narrow * kSquare;
         interleave(pairs, dy, first, count, column + c * kSquare);
         for (int64_t j = 0; j < narrow; j += kSquare)
           square(total + j * kSquare, kSquare, true, turned + j * padded + first, padded,
@@ -108,7 +99,7 @@ void submatrix_grad(const TensorView& out, const TensorView& dy, const TensorVie
       }
     }
     for (int64_t c = 0; c < squares; ++c)
-      write(out, reinterpret_cast<float*>(sums.aligned) + c * narrow * kSquare, column + c * kSquare, add);
+      write(out, reinterpret_cast<float*>(sums.start) + c * narrow * kSquare, column + c * kSquare, add);
   });
 }
 

@@ -117,6 +117,10 @@ def test_a_second_adapter_computes_as_the_first(tmp_path):
     model = inlay.tune(tiny(), inlay.LoRA(r=2, target_modules=["q_proj"]), compute="int8")
     inlay.tune(model, inlay.LoRA(r=2, target_modules=["gate_proj"]), adapter_name="second")
     assert model.model.layers[0].mlp.gate_proj.base is Int8Products
+    other = inlay.tune(tiny("gpt2"), inlay.LoRA(r=2, target_modules=["c_attn"]), compute="int8")
+    inlay.tune(other, inlay.LoRA(r=2, target_modules=["c_attn", "c_fc"]), adapter_name="second", compute="int8")
+    bases = [m.base for m in other.modules() if isinstance(m, TunedLinear)]
+    assert len(bases) == 4 and set(bases) == {Int8ProductsT}
 
 
 def test_refusals():

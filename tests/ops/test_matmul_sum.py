@@ -8,6 +8,7 @@ from inlay import _native
 from inlay.ops import force_path
 from inlay.ops.int8_products import Int8Products, Int8ProductsT, int8_matmul_sum_
 from inlay.ops.matmul_sum import ISA, matmul_sum, matmul_sum_, mm, mm_into, packs
+from inlay.ops.submatrix import submatrix_grad, submatrix_grad_into_
 
 # Edges of strips (14 rows), panels (32 columns), pairs and stretches of the contraction (2,048), and several operands.
 SHAPES = [
@@ -135,6 +136,31 @@ def test_eight_bits_as_the_reference_rounds(path, rows, depths, columns, layout)
     exact = total(wide(*lefts), wide(*rights)) + 2
     if sum(depths) > 16:
         assert float((ours.double() - exact).norm() / exact.norm()) < 0.015
+
+
+@pytest.mark.parametrize("size", [1e-40, 1e-37, 1e-35, 1e30])
+def test_eight_bits_of_any_magnitude(path, size):
+    lefts, rights = operands(20, (40,), 33)
+    ours, wanted = torch.empty(20, 33), torch.empty(20, 33)
+    lefts[0] *= size
+    int8_matmul_sum_(ours, lefts, rights, None, False)
+    int8_matmul_sum_.reference(wanted, lefts, rights, None, False)
+    assert torch.isfinite(ours).all() and torch.allclose(ours, wanted, rtol=1e-5, atol=1e-36)
+    lefts[0][3, 5] = float("nan")
+    int8_matmul_sum_(ours, lefts, rights, None, False)
+    assert ours[3].isnan().all() and torch.isfinite(ours[:3]).all() and torch.isfinite(ours[4:]).all()
+
+
+@pytest.mark.parametrize("columns", [(48, 3), (3, 48), (200, 180)])
+def test_weight_gradients_come_straight_from_bf16(path, columns, monkeypatch):
+    dy, x = (torch.randn(70, width).bfloat16() for width in columns)
+    exact = dy.double().t() @ x.double()
+    if path == ISA:
+        monkeypatch.setattr("inlay.ops.submatrix._grad_reference", None)  # which makes fp32 copies
+    assert_as_good(submatrix_grad(dy, x), dy.float().t() @ x.float(), exact, "dW", slack=4)
+    total = torch.ones(columns)
+    submatrix_grad_into_(total, dy, x, True)
+    assert_as_good(total, 1 + dy.float().t() @ x.float(), 1 + exact, "dW onto", slack=4)
 
 
 @pytest.mark.parametrize("base, turned", [(Int8Products, False), (Int8ProductsT, True)])

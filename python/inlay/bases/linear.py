@@ -80,4 +80,4 @@ def base_of(module: nn.Module) -> type:
 
 def in_int8(base: Any) -> Any:
     """The base that multiplies what ``base`` reads in 8 bits."""
-    return Int8ProductsT if base is DenseBaseT else Int8Products
+    return Int8ProductsT if issubclass(base, DenseBaseT) else Int8Products

@@ -13,6 +13,7 @@ scale per tensor for W, here per channel, as in LLM.int8() (arXiv:2208.07339) wi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,11 +23,14 @@ from inlay.ops._registry import as_rows, raw_op
 from inlay.ops.base_products import DenseBase, DenseBaseT, Terms, add_narrow
 from inlay.ops.matmul_sum import ISA, check_operands, packs, unit_stride
 
+#: Largest magnitude of a row or column from which it is scaled: the inverse of a smaller scale would not be finite.
+LEAST_SCALED = 2.0**-119
+
 
 def _eighths(t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """``t`` as whole numbers in ±127 (float64) and the scales, per what is left of it along ``dim``."""
-    scale = t.to(torch.float32).abs().amax(dim, keepdim=True) / 127
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    largest = t.to(torch.float32).abs().amax(dim, keepdim=True)
+    scale = torch.where(largest < LEAST_SCALED, torch.ones_like(largest), largest / 127)
     return (t.to(torch.float32) * (1 / scale)).round().to(torch.float64), scale
 
 
@@ -60,29 +64,30 @@ def int8_matmul_sum(lefts: Sequence[Tensor], rights: Sequence[Tensor], bias: Ten
     return out.view(*lefts[0].shape[:-1], out.shape[1])
 
 
-class Int8Products(DenseBase):
-    """nn.Linear in 8 bits where products are packed (many rows of bf16), :class:`DenseBase` elsewhere."""
+class _InEightBits:
+    """Products in 8 bits where they are packed (many rows of bf16), those of ``dense`` elsewhere."""
 
-    #: What computes where the weight trains.
-    dense = DenseBase
+    dense: ClassVar[Any]  # also what computes where the weight trains
 
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return int8_matmul_sum([x], [weight.t()], bias) if packs(x) else DenseBase.forward(x, weight, bias)
+    @classmethod
+    def forward(cls, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not packs(x):
+            return cls.dense.forward(x, weight, bias)
+        return int8_matmul_sum([x], [cls.dense.out_in(weight).t()], bias)
 
-    @staticmethod
-    def backward_input(dy: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return int8_matmul_sum([dy], [weight]) if packs(dy) else DenseBase.backward_input(dy, weight)
+    @classmethod
+    def backward_input(cls, dy: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not packs(dy):
+            return cls.dense.backward_input(dy, weight)
+        return int8_matmul_sum([dy], [cls.dense.out_in(weight)])
 
-    @staticmethod
-    def forward_plus(x: Tensor, left: Tensor, right: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return add_narrow(Int8Products.forward(x, weight, bias), left, right.t())
+    @classmethod
+    def forward_plus(cls, x: Tensor, left: Tensor, right: Tensor, *tensors: Tensor | None) -> Tensor:
+        return add_narrow(cls.forward(x, *tensors), left, right.t())
 
-    @staticmethod
-    def backward_input_plus(
-        dy: Tensor, left: Tensor, right: Tensor, weight: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        return add_narrow(Int8Products.backward_input(dy, weight), left, right)
+    @classmethod
+    def backward_input_plus(cls, dy: Tensor, left: Tensor, right: Tensor, *tensors: Tensor | None) -> Tensor:
+        return add_narrow(cls.backward_input(dy, *tensors), left, right)
 
     @staticmethod
     def add_up(terms: Terms, narrow: Terms) -> Tensor:
@@ -92,27 +97,13 @@ class Int8Products(DenseBase):
         return dx
 
 
-class Int8ProductsT(DenseBaseT):
-    """transformers' Conv1D likewise."""
+class Int8Products(_InEightBits, DenseBase):
+    """nn.Linear in 8 bits."""
+
+    dense = DenseBase
+
+
+class Int8ProductsT(_InEightBits, DenseBaseT):
+    """transformers' Conv1D in 8 bits."""
 
     dense = DenseBaseT
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return int8_matmul_sum([x], [weight], bias) if packs(x) else DenseBaseT.forward(x, weight, bias)
-
-    @staticmethod
-    def backward_input(dy: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return int8_matmul_sum([dy], [weight.t()]) if packs(dy) else DenseBaseT.backward_input(dy, weight)
-
-    @staticmethod
-    def forward_plus(x: Tensor, left: Tensor, right: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return add_narrow(Int8ProductsT.forward(x, weight, bias), left, right.t())
-
-    @staticmethod
-    def backward_input_plus(
-        dy: Tensor, left: Tensor, right: Tensor, weight: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        return add_narrow(Int8ProductsT.backward_input(dy, weight), left, right)
-
-    add_up = staticmethod(Int8Products.add_up)

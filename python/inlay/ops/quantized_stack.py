@@ -107,6 +107,14 @@ def _eights(rank: int) -> int:
     return -(-rank // 8) * 8
 
 
+def _rides_along(x: Tensor, width: int, out: int) -> bool:
+    """True where a copy of x beside the narrow operand costs less than reading and writing the output once more.
+
+    Products that are packed by ourselves take both operands where they lie, in one sum.
+    """
+    return out > width and not packs(x)
+
+
 def _beside(x: Tensor, left: Tensor, width: int) -> Tensor:
     """[x | left | zeros], `width` columns behind x."""
     both = x.new_empty(x.shape[0], x.shape[1] + width)
@@ -153,7 +161,7 @@ def stack_forward(
     """
     weights.check("stack_forward")
     flat, bias = as_rows(x.detach()), _one_bias(biases, weights.rows, x)
-    if left is not None and right is not None and sum(weights.rows) > weights.columns and not packs(flat):
+    if left is not None and right is not None and _rides_along(flat, weights.columns, sum(weights.rows)):
         width = _eights(left.shape[1])
         panel = weights.dequantize(flat, beside=width)
         _fill(panel[:, weights.columns :], right)
@@ -198,13 +206,8 @@ def stack_backward_input(
     weights.check("stack_backward_input")
     rows = [as_rows(dy.detach()) for dy in dys]
     together, total = side_by_side(rows), sum(weights.rows)
-    if (
-        together is not None
-        and left is not None
-        and right is not None
-        and weights.columns > total
-        and not packs(together)
-    ):
+    rides = together is not None and _rides_along(together, total, weights.columns)
+    if rides and together is not None and left is not None and right is not None:
         width = _eights(left.shape[1])
         panel = weights.dequantize(together, below=width)
         _fill(panel[total:].t(), right.t())

@@ -110,16 +110,21 @@ def _forward(x: Tensor, xa: Tensor | None, parts: Sequence[Part], apart: bool) -
     return ys
 
 
+def _added_alike(parts: Sequence[Part]) -> bool:
+    """True where one sum takes the products of all the bases."""
+    ways = {getattr(part.base, "add_up", None) for part in parts}
+    return len(ways) == 1 and None not in ways
+
+
 def _backward_input(dys: Sequence[Tensor], dyb: Tensor | None, parts: Sequence[Part]) -> Tensor:
     stack = _stack_of(parts, dys[0])
     right = None if dyb is None else _stack_a(parts, dyb.dtype)
     if stack is not None:
         return stack.backward_input(dys, [part.tensors for part in parts], dyb, right)
-    ways = {getattr(part.base, "add_up", None) for part in parts}
-    if packs(dys[0]) and len(ways) == 1 and None not in ways:
-        terms = [term for part, dy in zip(parts, dys, strict=True) for term in part.base.terms(dy, *part.tensors)]
-        return parts[0].base.add_up(terms, [] if dyb is None or right is None else [(dyb, right)])
     first = parts[0]
+    if packs(dys[0]) and _added_alike(parts):
+        terms = [term for part, dy in zip(parts, dys, strict=True) for term in part.base.terms(dy, *part.tensors)]
+        return first.base.add_up(terms, [] if dyb is None or right is None else [(dyb, right)])
     if dyb is not None and right is not None and sums_at_once(first.base, dyb):
         dx, dyb = backward_input_plus(first.base, dys[0], dyb, right, first.tensors), None
     else:

@@ -8,6 +8,7 @@ upcast on the way, and sums that are rounded once.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -211,38 +212,37 @@ def processors_of(device: torch.device) -> int:
 
 
 def _grad_native(dy: Tensor, x_sel: Tensor) -> Tensor:
-    """Straight from 16 bits on AMX and on a GPU, elsewhere torch's fp32 product of fp32 copies."""
+    """Straight from 16 bits where there is a kernel for that, elsewhere torch's fp32 product of fp32 copies."""
     _check_grad(dy, x_sel)
     left, right = as_rows(dy), as_rows(x_sel)
     if left.is_cuda and left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16):
         return _grad_on_cuda(left, right)
-    if packs(left.t()) and right.dtype == left.dtype and right.numel():
-        return _packed_grad(left, right)
-    if not _runs_on_amx(left, right):
+    write = _from_sixteen_bits(left, right)
+    if write is None:
         return _grad_reference(dy, x_sel)
     out = torch.empty(left.shape[1], right.shape[1], dtype=torch.float32)
-    _grad_on_amx(out, left, right, False)
+    write(out, left, right, False)
     return out
+
+
+def _from_sixteen_bits(left: Tensor, right: Tensor) -> Callable[[Tensor, Tensor, Tensor, bool], None] | None:
+    """What writes leftᵀ·right into fp32, or adds it, without fp32 copies of either; None where nothing here does."""
+    if not (left.is_cpu and left.dtype == right.dtype == torch.bfloat16 and left.numel() and right.numel()):
+        return None
+    if packs(left):
+        return _grad_packed
+    return _grad_on_amx if module().isa() == "amx" else None
 
 
 #: Columns of the narrow operand up to which its rows are the strips of the product.
 _NARROW = 128
 
 
-def _packed_grad(left: Tensor, right: Tensor) -> Tensor:
-    """leftᵀ·right [N, s] in fp32, where products are packed."""
-    out = torch.empty(left.shape[1], right.shape[1], dtype=torch.float32)
+def _grad_packed(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
     if right.shape[1] <= min(_NARROW, left.shape[1]):
-        matmul_sum_(out.t(), [right.t()], [left], None, False)
+        matmul_sum_(out.t(), [right.t()], [left], None, add)
     else:
-        matmul_sum_(out, [left.t()], [right], None, False)
-    return out
-
-
-def _runs_on_amx(left: Tensor, right: Tensor) -> bool:
-    if not (left.is_cpu and module().isa() == "amx"):
-        return False
-    return bool(left.dtype == right.dtype == torch.bfloat16 and left.numel() and right.numel())
+        matmul_sum_(out, [left.t()], [right], None, add)
 
 
 def _grad_on_amx(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
@@ -277,12 +277,12 @@ def _check_into(out: Tensor, dy: Tensor, x_sel: Tensor) -> None:
 
 
 def _into_native(out: Tensor, dy: Tensor, x_sel: Tensor, add: bool) -> None:
-    """In the kernel on AMX; elsewhere a panel after the other by submatrix_grad."""
+    """In a kernel where there is one; elsewhere a panel after the other by submatrix_grad."""
     _check_into(out, dy, x_sel)
     left, right = as_rows(dy), as_rows(x_sel)
-    if _runs_on_amx(left, right):
-        _grad_on_amx(out.detach(), left, right, add)
-        return
+    write = _from_sixteen_bits(left, right)
+    if write is not None:
+        return write(out.detach(), left, right, add)
     for start in range(0, out.shape[0], _PANEL):
         panel, product = out.detach()[start : start + _PANEL], submatrix_grad(left[:, start : start + _PANEL], right)
         _ = panel.add_(product) if add else panel.copy_(product)
