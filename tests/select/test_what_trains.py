@@ -64,6 +64,8 @@ def test_the_best_choice_within_a_budget(seed):
 
 def test_nothing_fits_into_no_budget():
     assert best_within([1.0, 2.0], [5.0, 5.0], [1.0, 1.0], 4.0) == []
+    for nothing in (0.0, -0.5, -1e9):  # what the forward costs is more than the share
+        assert best_within([1.0, 2.0, 3.0], [0.1, 0.1, 0.0], [0.1, 0.1, 0.0], nothing) == []
     assert best_within([1.0, 2.0], [5.0, 3.0], [1.0, 1.0], 4.0) == [1]
 
 
@@ -270,6 +272,39 @@ def test_green_trainer_measures_then_chooses(capsys):
     assert bool(schedule.known) and float(schedule.seconds[0]) > 0
     assert trained[7] == trained[8]
     assert "of full fine-tuning's time" in capsys.readouterr().out
+
+
+def test_green_trainer_times_steps_and_nothing_between_them(monkeypatch, capsys):
+    """On a clock of its own: a forward takes 1, a step 0.5, a backward 4 with every weight; 100 between the steps."""
+    clock = [0.0]
+    monkeypatch.setattr("inlay.schedules.green.now", lambda: clock[0])
+    model = inlay.tune(llama(num_hidden_layers=4), inlay.GreenTrainer(rho=0.9, every=3)).train()
+    schedule = model.inlay_schedules["default"]
+    optimizer = inlay.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    optimizer.register_step_pre_hook(lambda *_: clock.__setitem__(0, clock[0] + 0.5))
+    for seed in range(12):
+        clock[0] += 100.0
+        loss = model(**text_batch(seed)).loss
+        clock[0] += 1.0 + {"all": 4.0, "deepest": 1.5, "top": 0.5, "chosen": 1.0}[schedule.phase()]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert abs(float(schedule.seconds.sum()) - 5.5) < 1e-9
+    printed = [line for line in capsys.readouterr().out.splitlines() if "measured" in line]
+    assert printed and all(line.endswith(f"measured {2.5 / 5.5:.1%} of a full step's time") for line in printed)
+
+
+@pytest.mark.parametrize("taken", [2, 3, 4, 6])
+def test_green_trainer_stopped_while_it_measures_begins_anew(taken):
+    method = inlay.GreenTrainer(rho=0.9, every=20)
+    first = inlay.tune(llama(num_hidden_layers=4), method).train()
+    steps(first, taken)
+    second = inlay.tune(llama(num_hidden_layers=4), method).train()
+    second.load_state_dict(first.state_dict())
+    schedule = second.inlay_schedules["default"]
+    assert int(schedule.since) == taken
+    steps(second, 7)
+    assert bool(schedule.known) and schedule.phase() == "chosen"
 
 
 def test_green_trainer_counts_a_tied_head_with_its_table():

@@ -96,8 +96,6 @@ class Schedule(nn.Module):
 
     def apply(self, run: Run) -> None:
         """Make the model train what :meth:`chosen` says, if it does not yet."""
-        if self.frozen:
-            return
         chosen = frozenset(self.chosen(run))
         if chosen != self.applied:
             run.switch(chosen)
@@ -132,7 +130,7 @@ def follow(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """
     if not model.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return
-    for adapter, schedule in active_schedules(model).items():
+    for adapter, schedule in _choosing(model).items():
         run = Run(model, adapter)
         _check_followed(schedule, run)
         schedule.apply(run)
@@ -143,13 +141,13 @@ def follow(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
 
 def start(model: nn.Module) -> None:
     """Let the schedules of the active adapters choose now, not only at the first training forward."""
-    for adapter, schedule in active_schedules(model).items():
+    for adapter, schedule in _choosing(model).items():
         schedule.apply(Run(model, adapter))
 
 
 def may_train(model: nn.Module) -> dict[str, nn.Parameter]:
     """What an optimizer should have: all that requires a gradient, or that a schedule may come to choose."""
-    ids = {id(p) for adapter in active_schedules(model) for p in Run(model, adapter).parameters().values()}
+    ids = {id(p) for adapter in _choosing(model) for p in Run(model, adapter).parameters().values()}
     return {name: p for name, p in model.named_parameters() if p.requires_grad or id(p) in ids}
 
 
@@ -158,6 +156,11 @@ def active_schedules(model: nn.Module) -> dict[str, Any]:
     held: Any = model._modules.get(SCHEDULES)
     state = getattr(model, "inlay_state", None)
     return {} if held is None or state is None else {name: held[name] for name in state.active if name in held}
+
+
+def _choosing(model: nn.Module) -> dict[str, Any]:
+    """Those of the active schedules whose adapter trains."""
+    return {name: schedule for name, schedule in active_schedules(model).items() if not schedule.frozen}
 
 
 def _check_followed(schedule: Schedule, run: Run) -> None:
@@ -184,7 +187,7 @@ def _runs(optimizer: Optimizer) -> list[tuple[Schedule, Run]]:
     found = []
     for schedule in list(_live):
         model = schedule.seen["model"]() if "model" in schedule.seen else None
-        if model is None or not any(schedule is active for active in active_schedules(model).values()):
+        if model is None or not any(schedule is active for active in _choosing(model).values()):
             continue
         run = Run(model, schedule.seen["adapter"], optimizer)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -99,19 +99,25 @@ class Green(Schedule):
     # --- the step ---
 
     def apply(self, run: Run) -> None:
+        if "times" not in self.clock and self.phase() in PHASES and not self.since.is_meta:
+            self.since.zero_()  # a run that was stopped while it measured, or weighed, does so anew
         super().apply(run)
         if self.costs is None and "watching" not in self.clock and not self.steps.is_meta:
             self.clock["watching"] = _Watch(run.model)
-        self.clock.setdefault("began", now())
+        if run.optimizer is None:  # before a forward: what happens between steps is not the step's
+            self.clock.setdefault("began", now())
 
     def after_backward(self, run: Run) -> None:
         if "watching" in self.clock:
             self.costs = self.clock.pop("watching").costs(run, self.keys)
             check_possible(self.rho, self.costs)
+        ready = now()
         if self.phase() == "all":
             plain = {key: p.detach().clone() for key, p in run.parameters().items() if not _has_states(run, p)}
             self.clock["before"] = plain
         self.clock["stepping"] = now()
+        if "began" in self.clock:  # copies are no part of a step
+            self.clock["began"] += self.clock["stepping"] - ready
 
     def after_step(self, run: Run) -> None:
         if self.costs is None:  # a step without a forward of this model
@@ -120,7 +126,6 @@ class Green(Schedule):
         self.clock.setdefault("times", {}).setdefault(phase, []).append(end - self.clock.pop("began", end))
         if phase == "all":
             self.clock.setdefault("steps", []).append(end - self.clock.pop("stepping", end))
-        if phase == "all":
             self.clock["importance"] = self._importance(run)
         self.since += 1
         if self.measured and not bool(self.known):
@@ -153,7 +158,7 @@ class Green(Schedule):
         assert costs is not None
         best = {phase: min(times[1:] if phase == "all" else times) for phase, times in self.clock["times"].items()}
         passed = sum(costs.passing[self._probe("deepest") + 1 :]) - sum(costs.passing[self._probe("top") + 1 :])
-        passing = max(best["deepest"] - best["top"], 0.0) * sum(costs.passing) / (passed or 1.0)
+        passing = max(best["deepest"] - best["top"], 0.0) * sum(costs.passing) / passed if passed else 0.0
         forward, step = best["top"], min(self.clock["steps"][1:])
         own = max(best["all"] - forward - passing - step, 0.0)
         self.seconds.copy_(torch.tensor([forward, passing, own, step]))
@@ -196,16 +201,16 @@ class Green(Schedule):
         self.chosen_mask.zero_()
         self.chosen_mask[chosen] = True
         from_first(self.chosen_mask)  # each process has its own times and lengths, and all must train the same
-        self.clock["times"] = {"all": self.clock.get("times", {}).get("all", [])}
+        self.clock["times"] = {}
         print(
             f"inlay: GreenTrainer trains {len(chosen)} of {len(self.keys)} tensors: planned {self.planned():.1%} of "
             f"full fine-tuning's {'time' if self.measured else 'FLOPs'} (rho={self.rho:g})"
         )
 
     def _report(self) -> None:
-        times = self.clock.get("times", {})
-        if times.get("chosen") and times.get("all"):
-            share = min(times["chosen"]) / min(times["all"])
+        times = self.clock.get("times", {}).get("chosen")
+        if times and self.measured:  # beside the full step that was measured warm
+            share = min(times) / float(self.seconds.sum())
             print(f"inlay: GreenTrainer: planned {self.planned():.1%}, measured {share:.1%} of a full step's time")
         self.clock["times"] = {}
 

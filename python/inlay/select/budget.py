@@ -26,7 +26,9 @@ def best_within(value: Sequence[float], own: Sequence[float], passing: Sequence[
     Returns:
         An empty list if nothing fits.
     """
-    unit = max(budget, 1e-30) / RESOLUTION
+    if budget <= 0:
+        return []
+    unit = budget / RESOLUTION
     slots = torch.ceil(torch.tensor(own, dtype=torch.float64) / unit - 1e-9).long().clamp_min(0)
     worth = torch.tensor(value, dtype=torch.float64)
     table = torch.full((RESOLUTION + 1,), -torch.inf, dtype=torch.float64)
