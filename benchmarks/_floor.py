@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from _measure import now
 
 #: Products of an attention's forward (scores, outputs) and of its backward (dV, dP, dQ, dK), each once.
 ATTENTION_PRODUCTS = 6
-
-
-def now(device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def floor(

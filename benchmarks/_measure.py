@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -40,6 +41,13 @@ def reset_peak(device: str) -> int:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
+
+
+def now(device: str) -> float:
+    """Seconds on a clock of no beginning, all that was asked of a GPU done."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def peak(device: str) -> int:

@@ -23,7 +23,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +76,8 @@ def worker(args: argparse.Namespace) -> None:
     before = _measure.reset_peak(args.device)
     built = METHODS[args.worker](model)
     built.model.train()
+
+    now = _measure.now
 
     def step() -> dict[str, float]:
         given = next(batches)
@@ -133,14 +134,6 @@ def _batches(args: argparse.Namespace, vocabulary: int) -> Iterator[dict[str, An
 
 
 PARTS = ("forward", "backward", "optimizer")
-
-
-def now(device: str) -> float:
-    if device.startswith("cuda"):
-        import torch
-
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------
@@ -213,13 +206,15 @@ def floor(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.model not in SHAPES:
         return {"floor": {}}
+    import _lengths
+
     shape = SHAPES[args.model]
     lengths, supervised = [args.seq] * args.batch, args.batch * args.seq
     if args.lengths:  # the batch in the middle of those by tokens, as a median step is
         batches = _lengths_of(args, shape["vocab_size"])
         samples = sorted(batches, key=lambda batch: sum(len(s["input_ids"]) for s in batch))[len(batches) // 2]
         lengths = [len(sample["input_ids"]) for sample in samples]
-        supervised = sum(label != -100 for sample in samples for label in sample["labels"])
+        supervised = sum(label != _lengths.IGNORED for sample in samples for label in sample["labels"])
     seconds, rate = measured(shape, lengths, supervised, getattr(torch, args.dtype), args.device)
     return {"floor": seconds, "floor_tokens": sum(lengths), "products_per_second": rate}
 

@@ -10,6 +10,9 @@ struct SplitScratch {
   int64_t sums = 0;      // fp32, of any content
 };
 
+// Tokens whose sums causal_conv1d_backward keeps in one row of its scratch.
+constexpr int64_t kConvTokens = 64;
+
 // What quantized_linear and quantized_lora_linear of x [tokens, columns] and W [rows, columns] want on the
 // current device; nothing where they have no use for it.
 SplitScratch quantized_linear_scratch(int64_t tokens, int64_t rows, int64_t columns);

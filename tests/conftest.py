@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from inlay import _native
+
 sys.path.insert(0, str(Path(__file__).parent))  # families, comparing, oracle: shared by all folders
 torch.set_num_threads(1)
 
@@ -19,6 +21,18 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _same_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _one_instruction_set():
+    """No test leaves the engine on other kernels than it found: the tests after it would be about those."""
+    engine = _native._C
+    before = engine.isa() if engine is not None else None
+    yield
+    if engine is not None and engine.isa() != before:
+        left = engine.isa()
+        engine.set_isa("")
+        pytest.fail(f"the engine ran on {before} before this test and on {left} after it; set it back")
 
 
 @pytest.hookimpl(wrapper=True)

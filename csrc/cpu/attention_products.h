@@ -67,7 +67,6 @@ inline int64_t units_of(int64_t elements) {
   return (elements + E::kStep - 1) / E::kStep;
 }
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // a·b + c, of pairs: a[0]·b[0] + a[1]·b[1] + c
 template <class E>

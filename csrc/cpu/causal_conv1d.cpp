@@ -2,15 +2,14 @@
 // projections leave them. One piece of work is a span of tokens of one sample; channels go through it in
 // blocks, so that what a block keeps stays in L1.
 #include "cpu/column_sums.h"
+#include "scratch.h"
 
 namespace inlay {
 namespace INLAY_ISA_NS {
 
 namespace {
 
-constexpr int64_t kSpan = 64, kBlock = 256;  // tokens and channels
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t kSpan = kConvTokens, kBlock = 256;  // tokens and channels
 
 // Taps as fp32 [K, C] and the bias [C], or zeros: made once per call.
 struct Taps {

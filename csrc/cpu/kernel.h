@@ -32,6 +32,8 @@ inline T* data(const TensorView& t) {
   return static_cast<T*>(t.data);
 }
 
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // Not None.
 inline bool given(const TensorView& t) { return t.data || t.ndim != 0; }
 

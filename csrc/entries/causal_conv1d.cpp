@@ -1,5 +1,6 @@
 // The causal convolution of linear attention, forward and backward.
 #include "entries/entry.h"
+#include "scratch.h"
 
 namespace inlay {
 
@@ -50,7 +51,8 @@ void causal_conv1d_backward(const TensorView& dx, const TensorView& dweight, con
     check_vector(op, "dbias", dbias, x.shape[2]);
   }
   if (given(dweight) || given(dbias)) {
-    const int64_t shape[] = {x.shape[0] * ((x.shape[1] + 63) / 64), (weight.shape[1] + 1) * weight.shape[0]};
+    const int64_t shape[] = {x.shape[0] * ((x.shape[1] + kConvTokens - 1) / kConvTokens),
+                             (weight.shape[1] + 1) * weight.shape[0]};
     check_dtype(op, "sums", sums, DType::f32);
     check_shape(op, "sums", sums, 2, shape);
     check_matrix(op, "sums", sums, shape[0], shape[1]);

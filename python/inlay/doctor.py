@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from inlay import _native
+from inlay.hardware import best_dtype
 from inlay.ops._registry import RAW_OPS
 from inlay.ops.lora_linear import ONE_PASS_BYTES, ONE_PASS_RANK
 from inlay.ops.matmul_sum import ISA
@@ -158,10 +159,9 @@ def _openmp_lines() -> Iterator[tuple[str, str]]:
 
 
 def _torch_lines() -> Iterator[tuple[str, str]]:
-    gpus = torch.cuda.is_available()
     yield "CPU", f"{platform.machine()}: {_cpu_flags()}"
-    fast_bf16 = torch.backends.mkldnn.is_available() and ("avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags())
-    yield "dtype advice", "bfloat16 is fast here" if fast_bf16 or gpus else "no bf16 instructions: float32 is faster"
+    fast = best_dtype() == torch.bfloat16
+    yield "dtype advice", "bfloat16 is fast here" if fast else "no bf16 instructions: float32 is faster"
 
 
 def report() -> list[tuple[str, str]]:

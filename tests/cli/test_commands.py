@@ -153,7 +153,7 @@ def test_auto_trains_in_the_fast_dtype_and_merges_as_stored(workplace, tmp_path,
     from safetensors import safe_open
 
     monkeypatch.setattr("inlay.train.best_dtype", lambda: getattr(torch, fast))
-    monkeypatch.setattr("inlay.train.hardware.best_dtype", lambda device: getattr(torch, fast))
+    monkeypatch.setattr("inlay.hardware.best_dtype", lambda device: getattr(torch, fast))
     config, output = str(workplace / "cfg.yaml"), f"output_dir={tmp_path / 'adapter'}"
     assert main(["train", config, output]) == 0
     assert f"inlay: dtype: {fast}" in capsys.readouterr().out

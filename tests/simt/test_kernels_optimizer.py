@@ -14,6 +14,15 @@ from inlay.ops._registry import RAW_OPS
 from inlay.ops.quantize_blockwise import dynamic_map
 
 
+@pytest.fixture
+def scalar_engine():
+    """The CPU engine, on its scalar kernels."""
+    engine = importlib.import_module("inlay._C")
+    engine.set_isa("scalar")
+    yield engine
+    engine.set_isa("")
+
+
 @pytest.mark.parametrize("shapes", [[(1,), (7, 3), (113,), (0, 5), (4097,)], [(3,)] * 70, []])
 @pytest.mark.parametrize("misaligned", [False, True])
 def test_adamw(place, shapes, misaligned):
@@ -34,7 +43,7 @@ def test_adamw(place, shapes, misaligned):
 
 @pytest.mark.parametrize("sizes", [[1, 257, 0, 4096, 8195], [300] * 70])
 @pytest.mark.parametrize("misaligned", [False, True])
-def test_adamw_8bit(place, sizes, misaligned):
+def test_adamw_8bit(place, scalar_engine, sizes, misaligned):
     """Bit for bit the scalar CPU kernel (the others fuse multiply-adds), which tests/ops/test_adamw.py tests."""
     if place.type == "cpu" and _native.module().isa() != "simt":
         pytest.skip("tests/ops has its own")
@@ -45,12 +54,10 @@ def test_adamw_8bit(place, sizes, misaligned):
         lists[:4] = [[torch.cat((t.new_zeros(1), t))[1:] for t in tensors] for tensors in lists[:4]]
     ours, wanted = moved(lists, place), moved(lists, "cpu")
     maps = [dynamic_map(torch.device("cpu"), signed) for signed in (True, False)]
-    cpu_engine = importlib.import_module("inlay._C")
-    cpu_engine.set_isa("scalar")
     for step in (3, 4):
         scalars = (0.03, 0.8, 0.95, 1e-6, 0.1, step, 0.5)
         RAW_OPS["adamw_8bit_step_"](*ours, *scalars)
-        cpu_engine.adamw_8bit_step(*wanted, *maps, *scalars)
+        scalar_engine.adamw_8bit_step(*wanted, *maps, *scalars)
     for i, name in ((0, "params"), (2, "m"), (3, "v"), (4, "absmax of m"), (5, "absmax of v")):
         for got, want in zip(ours[i], wanted[i], strict=True):
             assert_bits(got.cpu(), want, name)
@@ -76,7 +83,7 @@ def bf16_parameters(sizes, misaligned, gradients, residual):
 @pytest.mark.parametrize("gradients", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rounding", ["residual", "stochastic"])
 @pytest.mark.parametrize("states", ["fp32", "8bit"])
-def test_adamw_bf16(place, sizes, misaligned, gradients, rounding, states):
+def test_adamw_bf16(place, scalar_engine, sizes, misaligned, gradients, rounding, states):
     """Bit for bit the scalar CPU kernel (the others fuse multiply-adds), which tests/ops/test_adamw_bf16.py tests."""
     if place.type == "cpu" and _native.module().isa() != "simt":
         pytest.skip("tests/ops has its own")
@@ -92,12 +99,10 @@ def test_adamw_bf16(place, sizes, misaligned, gradients, rounding, states):
     ours, wanted = (moved([params, grads, *beside, residuals], where) for where in (place, "cpu"))
     maps = [dynamic_map(torch.device("cpu"), signed) for signed in (True, False)] if states == "8bit" else []
     name = "adamw_bf16_step" if states == "fp32" else "adamw_8bit_bf16_step"
-    cpu_engine = importlib.import_module("inlay._C")
-    cpu_engine.set_isa("scalar")
     for step in (3, 4):
         scalars = (0.03, 0.8, 0.95, 1e-6, 0.1, step, 0.5, -7)
         RAW_OPS[f"{name}_"](*ours, positions, *scalars)
-        getattr(cpu_engine, name)(*wanted, positions, *maps, *scalars)
+        getattr(scalar_engine, name)(*wanted, positions, *maps, *scalars)
     for i in range(len(wanted)):
         for got, want in zip(ours[i], wanted[i], strict=True):
             if got.dtype == torch.bfloat16:  # a NaN's bits, too

@@ -84,6 +84,14 @@ def test_padding_stays_where_something_minds_and_true_refuses(capsys):
     quick = QUICK | {"max_steps": 1}
     finetune(tuned(), build_tokenizer(), RECORDS, neftune_noise_alpha=5.0, **quick)
     assert "padding: stays, because of neftune_noise_alpha" in capsys.readouterr().out
+    kept = tuned()
+    for mode in (False, "auto"):
+        kept.set_padding_free(mode)
+        finetune(kept, build_tokenizer(), RECORDS, **quick)
+        assert ("padding: stays: padding_free=False" in capsys.readouterr().out) == (mode is False)
+        finetune(kept, build_tokenizer(), RECORDS, neftune_noise_alpha=5.0, padding_free="auto", **quick)
+        assert kept.inlay_state.padding_free.mode == mode, "a run leaves the model's own setting"
+        capsys.readouterr()
     with pytest.raises(ValueError, match="padding_free=True: rows of another shape do not go with neftune"):
         finetune(tuned(), build_tokenizer(), RECORDS, neftune_noise_alpha=5.0, padding_free=True, **quick)
     model = tuned()

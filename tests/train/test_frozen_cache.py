@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,23 +93,43 @@ def test_a_second_run_finds_the_states_and_other_weights_or_data_do_not(tmp_path
     assert "there already" not in capsys.readouterr().out
     finetune(model_of(), build_tokenizer(), RECORDS[:9], output_dir=str(tmp_path), cache_frozen=True, **QUICK)
     assert "there already" not in capsys.readouterr().out
-    assert json.loads((tmp_path / "frozen_states.json").read_text())["samples"] == 9
+    assert json.loads((tmp_path / "_frozen_states.json").read_text())["samples"] == 9
+
+
+@pytest.mark.parametrize("lost", ["_frozen_states.bin", "_frozen_states_known.bin"])
+def test_files_that_are_gone_or_cut_are_made_anew(tmp_path, lost):
+    whole, _ = run(tmp_path, cache_frozen=True)
+    for damage in (Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])):
+        damage(tmp_path / lost)
+        again, _ = run(tmp_path, cache_frozen=True)
+        assert again.losses == whole.losses
+
+
+def test_another_epsilon_of_a_norm_is_another_model(tmp_path):
+    run(tmp_path, cache_frozen=True)
+    wanted, _ = run(tmp_path / "apart", model_of(rms_norm_eps=0.5), cache_frozen=True)
+    found, _ = run(tmp_path, model_of(rms_norm_eps=0.5), cache_frozen=True)
+    assert found.losses == wanted.losses
 
 
 def test_what_trains_is_no_part_of_the_key():
     data = prepare(RECORDS, build_tokenizer())
     model = model_of()
-    key = fingerprint_of(model, data)
+    states = torch.randn(1, 6, 32)
+    key = fingerprint_of(model, data, states)
     with torch.no_grad():
         model.model.layers[3].mlp.up_proj.weight += 1
-    assert fingerprint_of(model, data) == key
+    assert fingerprint_of(model, data, states) == key
     assert model.model.norm.weight.requires_grad  # what FreezeLayers trains beside its blocks
     with torch.no_grad():
         model.model.norm.weight += 1
-    assert fingerprint_of(model, data) == key
+    assert fingerprint_of(model, data, states) == key
     with torch.no_grad():
         model.model.embed_tokens.weight[5, 0] += 1
-    assert fingerprint_of(model, data) != key
+    assert fingerprint_of(model, data, states) != key
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5, 0] -= 1
+    assert fingerprint_of(model, data, states + 1e-3) != key, "the same weights, computed with otherwise"
 
 
 def test_shuffled_epochs_train_as_without(tmp_path):

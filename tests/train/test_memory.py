@@ -3,7 +3,8 @@ import sys
 import pytest
 import torch
 
-from inlay.train import PeakMemory, best_cpu_dtype, best_dtype, hardware
+from inlay import hardware
+from inlay.train import PeakMemory, best_cpu_dtype, best_dtype
 
 MB = 2**20
 

@@ -58,8 +58,11 @@ def new_folder(output: str | Path) -> Iterator[Path]:
         FileExistsError: ``output`` holds files, is a file, or is where a file system is mounted.
     """
     output = Path(output).resolve()
+    # Writing a model over something else has cost people their base model.
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"wanted a new or empty folder for the output, got {output}, which has files")
+        raise FileExistsError(
+            f"wanted a new or empty folder for the output, got {output}, which has files; remove it first"
+        )
     if output.is_mount():
         raise FileExistsError(f"wanted a folder that can be written beside and renamed, got the mount {output}")
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,12 @@ def run_merge(args: argparse.Namespace) -> None:
     from ..adapters.files import new_folder
 
     args = fill_from_config(args)
-    if args.adapter is not None and args.gguf_file is None and args.dtype in (None, "auto") and _is_dense(args.model):
+    if (
+        args.adapter is not None
+        and args.gguf_file is None
+        and args.dtype in (None, "auto", "checkpoint")
+        and _is_dense(args.model)
+    ):
         merge_files(args.model, args.adapter, args.output)
         print(f"inlay: merged model saved in {args.output}")
         return
@@ -54,9 +59,11 @@ def run_merge(args: argparse.Namespace) -> None:
 
 def run_export(args: argparse.Namespace) -> None:
     from ..adapters import export
+    from ..adapters.files import new_folder
 
-    model, _ = _load_tuned(args)
-    export(model, _new_folder(args.output), format=args.format)
+    with new_folder(args.output) as staged:
+        model, _ = _load_tuned(args)
+        export(model, staged, format=args.format)
     print(f"inlay: {args.format} adapter saved in {args.output}")
 
 
@@ -97,15 +104,6 @@ def _is_dense(model: str) -> bool:
         and config.is_file()
         and "quantization_config" not in json.loads(config.read_text(encoding="utf-8"))
     )
-
-
-def _new_folder(path: str) -> str:
-    # Writing a model over something else has cost people their base model.
-    if Path(path).exists() and any(Path(path).iterdir()):
-        raise FileExistsError(
-            f"wanted a new or empty folder for the output, got {path}, which has files; remove it first"
-        )
-    return path
 
 
 def _read_prompts(path: str) -> list[str]:

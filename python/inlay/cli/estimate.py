@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
 
     held = load_config(args.model) if args.model.endswith((".yaml", ".yml")) else {}
     method = _method(args, held)
-    dtype = torch_dtype(args.dtype or held.get("dtype", "auto" if held else None))
+    dtype = torch_dtype(args.dtype or held.get("dtype", "auto" if held else None), args.device)
     result = estimate(
         _model(held.get("model", args.model)),
         method,

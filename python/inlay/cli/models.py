@@ -53,17 +53,17 @@ def load_model(path: str, gguf_file: str | None = None, dtype: str | None = None
     return model, tokenizer
 
 
-def torch_dtype(name: str | None) -> Any:
-    """A torch dtype from its name: "auto" is bf16 where this machine multiplies it, else fp32. For "checkpoint", or
-    without a name, transformers' "auto": the one that the weights are stored in."""
+def torch_dtype(name: str | None, device: str | None = None) -> Any:
+    """A torch dtype from its name: "auto" is bf16 where ``device``, or this machine, multiplies it, else fp32. For
+    "checkpoint", or without a name, transformers' "auto": the one that the weights are stored in."""
     import torch
 
-    from ..train import best_dtype
+    from ..hardware import best_dtype
 
     if name in (None, "checkpoint"):
         return "auto"
     if name in ("auto", "fast"):
-        return best_dtype()
+        return best_dtype(device)
     names = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
     dtype = getattr(torch, names.get(str(name), str(name)), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:

@@ -6,7 +6,7 @@ import argparse
 import textwrap
 from typing import Any
 
-from .config import DATA_KEYS, build_base, build_method, load_config
+from .config import DATA_KEYS, MODEL_KEYS, build_base, build_method, load_config
 from .init import MINIMAL
 from .models import load_model
 
@@ -21,8 +21,7 @@ def add_parsers(commands: Any) -> None:
     )
     parser.add_argument(
         "config",
-        help="YAML file; keys: model, gguf_file, dtype, method, base, data, eval_data, max_length, train_on_inputs, "
-        "chat_template, packing, padding_free, cache_frozen, data_folder, preflight, fresh_optimizer and transformers' "
+        help=f"YAML file; keys: method, base, {', '.join(sorted(MODEL_KEYS | DATA_KEYS))} and transformers' "
         "TrainingArguments",
     )
     parser.add_argument(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.modes import evaluating
 from .masking import IGNORED, Sample
 from .room import plain_tokens
 
@@ -101,12 +102,8 @@ def logits_of_neighbours(
 def check_samples_stay_apart(model: nn.Module, length: int = 6) -> None:
     """Raise ValueError unless a packed sample's logits ignore its neighbour and equal those it has alone."""
     config: Any = model.config
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         leak, shift = logits_of_neighbours(model, length)
-    finally:
-        model.train(was_training)
     if leak > 1e-3 or shift > 5e-2:  # a leak changes nothing but rounding; being alone may take another kernel
         attention = getattr(config, "_attn_implementation", "unknown")
         raise ValueError(

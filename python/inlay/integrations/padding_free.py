@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.masking import IGNORED
 from ..nn.head import FusedCausalLoss, computes_losses_only
 from ..nn.rows import RowMask
 from ..nn.wanted import of_a_library
@@ -26,7 +27,6 @@ from .rows_proof import LONGEST_PROOF, leaves_logits, why_not_at_all, why_not_by
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100
 #: Arguments that a row can be made of, and what others must be for it.
 _TAKEN = {"input_ids", "attention_mask", "labels", "position_ids", "num_items_in_batch"}
 _HARMLESS: dict[str, Any] = {"use_cache": (None, False), "return_dict": (None, True)}
@@ -145,6 +145,12 @@ class PaddingFree:
             return None
         return reason
 
+    def manner(self, model: nn.Module, longest: int) -> str:
+        """How samples run that have lost their padding, in words."""
+        if self._by_lengths(model, longest) is None:
+            return "samples run by their lengths in one row"
+        return "samples run in one row, kept apart by a mask of the square of its tokens"
+
     def _by_lengths(self, model: nn.Module, longest: int) -> str | None:
         weight = next(model.parameters())
         key = (getattr(getattr(model, "config", None), "_attn_implementation", None), weight.device, weight.dtype)
@@ -173,7 +179,11 @@ class PaddingFree:
     def drop(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Forward pre-hook of the model: the batch without its padding, where nobody could tell but by the time."""
         self.computed = None
-        if self.mode is False or torch.compiler.is_compiling() or args or not _is_padded(kwargs):
+        if self.mode is False or torch.compiler.is_compiling() or args:
+            return None
+        if self.mode == "auto" and not next(model.parameters()).is_cpu:
+            return None  # where lengths are not run by; and a look at the mask would wait for the device
+        if not _is_padded(kwargs):
             return None
         if not (model.training and torch.is_grad_enabled()) and not computes_losses_only(model):
             return None  # somebody reads the logits
@@ -190,7 +200,7 @@ class PaddingFree:
         row = row_of(*(kwargs.get(name) for name in ("input_ids", "labels", "attention_mask", "position_ids")))
         if row is None:
             return None
-        self._tell("padding is dropped: samples run by their lengths in one row")
+        self._tell(f"padding is dropped: {self.manner(model, longest)}")
         self.computed = row.input_ids.numel()
         _put_logits_back(model, row)
         return args, {**kwargs, **row.arguments(self._by_lengths(model, longest) is None)}

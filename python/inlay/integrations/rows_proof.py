@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..nn.attention import FusedAttention
 from ..nn.head import FusedCausalLoss, losses_only
+from ..nn.modes import evaluating
 from ..nn.rows import RowMask
 from ..nn.spans import spans_of
 from ..ops.attention import has_own_kernel, mask_of
@@ -76,14 +77,8 @@ def leaves_logits(model: nn.Module) -> bool:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        yield
 
 
 def why_not_by_positions(model: nn.Module) -> str | None:

@@ -19,6 +19,7 @@ from ..ops.swiglu import swiglu
 from .attention import FusedAttention, attention_settings
 from .delta_rule import FusedDeltaRule, delta_rule_settings
 from .mixed import Mixed, mix
+from .modes import modes_kept
 from .probe import MAGNITUDES, generator, same_at_all_sizes, shallow, takes_only
 from .stack import linears_of
 
@@ -169,17 +170,12 @@ def install_blocks(model: nn.Module) -> dict[str, int]:
 
 def _settings_in_both_modes(module: nn.Module, settings_of: Callable[[nn.Module], dict | None]) -> dict | None:
     """What ``settings_of`` proves of ``module`` in training and eval mode alike: dropout shows in one of them only."""
-    modes = {part: part.training for part in module.modules()}
     found = []
-    with torch.random.fork_rng(devices=[]):  # building layers to probe with draws random numbers
-        try:
-            for mode in (True, False):
-                for part in modes:
-                    part.training = mode
-                found.append(settings_of(module))
-        finally:
-            for part, mode in modes.items():
+    with modes_kept(module), torch.random.fork_rng(devices=[]):  # building layers to probe with draws random numbers
+        for mode in (True, False):
+            for part in module.modules():
                 part.training = mode
+            found.append(settings_of(module))
     return found[0] if found[0] == found[1] else None
 
 

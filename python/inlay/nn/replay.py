@@ -6,7 +6,7 @@ else of the model's forward (embeddings, positions, masks, its own loop) runs as
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..sites import block_stacks
 from .mixed import Mixed, mix, unmix
+from .modes import evaluating
 
 
 class Replay:
@@ -29,7 +30,7 @@ class Replay:
     def __init__(self) -> None:
         self.seen: Tensor | None = None
         self.depends = False
-        self.held: Any = None  # a Tensor, or what makes one that stands in the place of the input it is given
+        self.held: Callable[[Tensor], Tensor] | None = None  # makes what stands in the place of the input it is given
 
 
 class Skipped(Mixed):
@@ -106,27 +107,21 @@ def check_replays(model: nn.Module, ids: Tensor) -> Tensor:
             more from it than hidden states.
     """
     first = frozen_blocks(model)[1]
-    modes = {module: module.training for module in model.modules()}
-    with replayable(model) as replay, torch.random.fork_rng(devices=[]):
-        try:
-            model.eval()
-            whole = model(input_ids=ids, use_cache=False).logits
-            states = _seen(replay)
-            if replay.depends:
-                raise ValueError("something outside the blocks trains before them, such as embeddings; freeze it")
-            replay.held = lambda hidden: states.clone()
-            again = model(input_ids=ids, use_cache=False).logits
-            replay.held = None
-            for module in _up_to(model, first):
-                module.training = True
-            drawn = []
-            for seed in (1, 2):
-                torch.manual_seed(seed)
-                model(input_ids=ids, use_cache=False)
-                drawn.append(_seen(replay))
-        finally:
-            for module, training in modes.items():
-                module.training = training
+    with replayable(model) as replay, evaluating(model), torch.random.fork_rng(devices=[]):
+        whole = model(input_ids=ids, use_cache=False).logits
+        states = _seen(replay)
+        if replay.depends:
+            raise ValueError("something outside the blocks trains before them, such as embeddings; freeze it")
+        replay.held = lambda hidden: states.clone()
+        again = model(input_ids=ids, use_cache=False).logits
+        replay.held = None
+        for module in _up_to(model, first):
+            module.training = True
+        drawn = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            model(input_ids=ids, use_cache=False)
+            drawn.append(_seen(replay))
     if not torch.equal(whole, again):
         raise ValueError("what trains takes more from the frozen blocks than hidden states; leave cache_frozen out")
     if not torch.equal(*drawn):

@@ -41,8 +41,8 @@ class _Lookup(Function):
 def row_sums(dy: Tensor, ids: Tensor, tokens: int, padding: int | None) -> Tensor:
     """``[tokens, H]`` in dy's dtype: the sums of ``dy [..., H]`` by ``ids [...]``, in fp32 and rounded once.
 
-    No fp32 tensor has more rows than there are ids, nor is larger than 16 MiB unless 64 columns are; the same bits in
-    every run. Row ``padding`` stays zero.
+    No fp32 tensor has more rows than there are ids and one, nor is larger than 16 MiB unless 64 columns are; the same
+    bits in every run. Row ``padding`` stays zero.
     """
     flat, rows = ids.reshape(-1).long(), as_rows(dy)
     count, width = flat.numel(), dy.shape[-1]

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .modes import evaluating
+
 #: Models of more bytes than this are not run at ``tune``; their first training forward is looked at all the same.
 PROBE_UP_TO = 8 << 30
 _USE, _UNSEEN = "inlay_use", "inlay_use_unseen"
@@ -109,17 +111,13 @@ def check_by_probe(model: nn.Module, names: Iterable[str]) -> bool:
     """
     if not _can_run(model):
         return False
-    modes = {module: module.training for module in model.modules()}
-    model.eval()  # statistics of norms stay as they are
     chosen = {name: model.get_submodule(name) for name in names}
     try:
-        with observed(chosen) as uses, torch.no_grad(), torch.random.fork_rng(devices=[]):
+        # in eval mode, so that statistics of norms stay as they are
+        with evaluating(model), observed(chosen) as uses, torch.no_grad(), torch.random.fork_rng(devices=[]):
             model(**_tiny_inputs(model))
     except Exception:
         return False  # an input of another kind is wanted: the first training forward will tell
-    finally:
-        for module, training in modes.items():
-            module.training = training
     refuse_unused(model, uses)
     return True
 

@@ -221,6 +221,11 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
 
 
+def unit_inner(x: Tensor) -> Tensor:
+    """``x``, or a copy of it in which neighbours of the last dimension are neighbours in memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 @contextlib.contextmanager
 def writable_rows(x: Tensor) -> Iterator[Tensor]:
     """[..., N] as [M, N] rows to be written: `x`'s own memory, or a copy that is written back."""

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from inlay._native import available as _native_available
 from inlay._native import module
-from inlay.ops._registry import apply, check_floating, check_same, fail, raw_op, without_autocast
+from inlay.ops._registry import apply, check_floating, check_same, fail, raw_op, unit_inner, without_autocast
 
 
 def _like_projection(x: Tensor) -> Tensor:
@@ -40,10 +40,6 @@ def has_own_kernel(q: Tensor) -> bool:
     return q.is_cpu and not torch.compiler.is_compiling() and kernel_fits(q)
 
 
-def _unit_inner(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def shares(q: Tensor, k: Tensor) -> int:
     """Into how many shares of its keys the backward of a head is cut, so that few heads keep several threads busy.
 
@@ -56,7 +52,7 @@ def shares(q: Tensor, k: Tensor) -> int:
 
 def _forward_native(q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     out, lse = _forward_fake(q, k, v, spans, scale)
-    module().attention_forward(out, lse, *(_unit_inner(t) for t in (q, k, v)), spans, scale)
+    module().attention_forward(out, lse, *(unit_inner(t) for t in (q, k, v)), spans, scale)
     return out, lse
 
 
@@ -99,7 +95,7 @@ def _backward_native(
     grads = _backward_fake(do, q, k, v, o, lse, spans, scale)
     count = shares(q, k)
     parts = None if count == 1 else q.new_empty((count, *q.shape), dtype=torch.float32)
-    inputs = (_unit_inner(t) for t in (do, q, k, v, o))
+    inputs = (unit_inner(t) for t in (do, q, k, v, o))
     module().attention_backward(*grads, parts, *inputs, lse, spans, scale)
     return grads
 

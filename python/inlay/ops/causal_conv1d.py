@@ -25,16 +25,13 @@ from inlay.ops._registry import (
     compute_dtype,
     fail,
     raw_op,
+    unit_inner,
     without_autocast,
     without_views,
 )
 
 #: Tokens whose products are summed together for the weight's gradient, as the kernel says.
 _SPAN = 64
-
-
-def _unit_inner(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _shifted(x: Tensor, taps: int) -> list[Tensor]:
@@ -52,7 +49,7 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _forward_native(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     y = _forward_fake(x, weight, bias, silu)
-    module().causal_conv1d_forward(y, _unit_inner(x), weight, bias, silu)
+    module().causal_conv1d_forward(y, unit_inner(x), weight, bias, silu)
     return y
 
 
@@ -77,7 +74,7 @@ def _backward_native(
         dweight, dbias = grads[1], None if bias is None else grads[2]
         spans = x.shape[0] * -(-x.shape[1] // _SPAN)
         sums = x.new_empty((spans, (weight.shape[1] + 1) * weight.shape[0]), dtype=torch.float32)
-    module().causal_conv1d_backward(dx, dweight, dbias, sums, *map(_unit_inner, (dy, x)), weight, bias, silu)
+    module().causal_conv1d_backward(dx, dweight, dbias, sums, *map(unit_inner, (dy, x)), weight, bias, silu)
     return grads
 
 

@@ -31,6 +31,7 @@ from inlay.ops._registry import (
     compute_dtype,
     fail,
     raw_op,
+    unit_inner,
     without_autocast,
 )
 
@@ -114,7 +115,7 @@ def _chunks(
 
 def _initial(q: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
     wide = compute_dtype(q)
-    return q.new_zeros((*_state_shape(q, v),), dtype=wide) if state is None else state.to(wide)
+    return q.new_zeros(_state_shape(q, v), dtype=wide) if state is None else state.to(wide)
 
 
 def _state_shape(q: Tensor, v: Tensor) -> tuple[int, ...]:
@@ -125,7 +126,7 @@ def _forward_native(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None, scale: float, norm: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
     out, final = _forward_fake(q, k, v, g, beta, state, scale, norm, eps)
-    inputs = *(_unit_inner(t) for t in (q, k, v)), g, beta, None if state is None else state.contiguous()
+    inputs = *(unit_inner(t) for t in (q, k, v)), g, beta, None if state is None else state.contiguous()
     module().gated_delta_rule_forward(out, final, *inputs, scale, norm, eps)
     return out, final
 
@@ -134,10 +135,6 @@ def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None, scale: float, norm: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
     return v.new_empty(v.shape), v.new_empty(_state_shape(q, v), dtype=compute_dtype(q))
-
-
-def _unit_inner(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @raw_op(native=_forward_native, fake=_forward_fake)
@@ -170,8 +167,8 @@ def _backward_native(
     grads = _backward_fake(dout, dfinal, q, k, v, g, beta, state, scale, norm, eps)
     state = None if state is None else state.contiguous()
     written = *grads[:5], None if state is None else grads[5]
-    inputs = *(_unit_inner(t) for t in (q, k, v)), g, beta, state
-    module().gated_delta_rule_backward(*written, _unit_inner(dout), dfinal.contiguous(), *inputs, scale, norm, eps)
+    inputs = *(unit_inner(t) for t in (q, k, v)), g, beta, state
+    module().gated_delta_rule_backward(*written, unit_inner(dout), dfinal.contiguous(), *inputs, scale, norm, eps)
     return grads
 
 

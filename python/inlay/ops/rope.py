@@ -25,6 +25,7 @@ from inlay.ops._registry import (
     compute_dtype,
     fail,
     raw_op,
+    unit_inner,
     without_autocast,
     without_views,
 )
@@ -57,13 +58,9 @@ def _native(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tu
     for x in (q, k):
         y = _empty_like_projection(x)
         x = x if x.stride(-1) == 1 else x.contiguous()
-        module().rope_rotate(y, x, _unit_inner(cos), _unit_inner(sin), inverse)
+        module().rope_rotate(y, x, unit_inner(cos), unit_inner(sin), inverse)
         out.append(y)
     return out[0], out[1]
-
-
-def _unit_inner(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:

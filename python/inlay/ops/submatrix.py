@@ -22,6 +22,7 @@ from inlay.ops._registry import (
     compute_dtype,
     fail,
     raw_op,
+    unit_inner,
     writable_rows,
 )
 from inlay.ops.matmul_sum import matmul_sum_, packs
@@ -193,7 +194,7 @@ def narrow_grad(wide: Tensor, narrow: Tensor, processors: int, transposed: bool 
     shape = (shares, *(reversed(columns) if transposed else columns))
     sums = torch.empty(shape, dtype=torch.float32, device=wide.device)
     out = sums.transpose(1, 2) if transposed else sums
-    module().submatrix_grad(out, _unit_rows(wide), _unit_rows(narrow), False)
+    module().submatrix_grad(out, unit_inner(wide), unit_inner(narrow), False)
     return sums[0] if shares == 1 else sums.sum(0)
 
 
@@ -247,13 +248,9 @@ def _grad_packed(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
 
 def _grad_on_amx(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
     if right.shape[1] <= left.shape[1]:
-        module().submatrix_grad(out, _unit_rows(left), _unit_rows(right), add)
+        module().submatrix_grad(out, unit_inner(left), unit_inner(right), add)
     else:
-        module().submatrix_grad(out.t(), _unit_rows(right), _unit_rows(left), add)
-
-
-def _unit_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+        module().submatrix_grad(out.t(), unit_inner(right), unit_inner(left), add)
 
 
 _grad_reference.__name__ = "submatrix_grad"

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.modes import evaluating
+
 
 def run_batches(model: nn.Module, batches: Iterable[Mapping[str, Any]], loss: bool = False) -> int:
     """Run ``model(**batch)`` on every batch in eval mode, with a backward if ``loss``. Returns how many ran.
@@ -17,22 +19,17 @@ def run_batches(model: nn.Module, batches: Iterable[Mapping[str, Any]], loss: bo
         ValueError: there is no batch, or ``loss`` is wanted and the model returns none.
     """
     device = next(model.parameters()).device
-    modes, ran = {module: module.training for module in model.modules()}, 0
-    model.eval()
-    try:
-        with torch.set_grad_enabled(loss):
-            for batch in batches:
-                moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-                out = model(**moved)
-                ran += 1
-                if loss:
-                    value = getattr(out, "loss", None)
-                    if value is None:
-                        raise ValueError('strategy="gradient" wants calibration batches with labels; the loss is None')
-                    value.backward()
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    ran = 0
+    with evaluating(model), torch.set_grad_enabled(loss):
+        for batch in batches:
+            moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            out = model(**moved)
+            ran += 1
+            if loss:
+                value = getattr(out, "loss", None)
+                if value is None:
+                    raise ValueError('strategy="gradient" wants calibration batches with labels; the loss is None')
+                value.backward()
     if ran == 0:
         raise ValueError("this strategy wants calibration data, got none; pass tune(..., calibration=[{...}, ...])")
     return ran

@@ -1,7 +1,7 @@
 """The training API: transformers' Trainer with our data path, optimizer and checks."""
 
+from ..hardware import best_cpu_dtype, best_dtype
 from .finetune import FinetuneResult, finetune
-from .hardware import best_cpu_dtype, best_dtype
 from .memory import PeakMemory
 from .processes import check_processes_agree
 from .trainer import Trainer

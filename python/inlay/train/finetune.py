@@ -6,7 +6,8 @@ import dataclasses
 import inspect
 import json
 import platform
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..coverage import tuned_line
 from ..data import Collator, TrainingData, check_samples_stay_apart, prepare, show_mask
 from ..data.formats import RecordSource
-from ..integrations.padding_free import why_shapes_matter
+from ..hardware import dtype_line
+from ..integrations.padding_free import PaddingFree, why_shapes_matter
 from ..nn.head import FusedCausalLoss
 from ..schedules import active_schedules
 from ..state import require_state, state_of
@@ -27,7 +29,6 @@ from .arguments import training_arguments as build_arguments
 from .expected import expected_peak
 from .fits import check_data_fits, warn_if_generation_goes_on
 from .frozen_cache import caching, check_cacheable
-from .hardware import dtype_line
 from .memory import PeakMemory
 from .preflight import Preflight
 from .processes import check_processes_agree
@@ -71,7 +72,7 @@ def finetune(
     train_on_inputs: bool = False,
     chat_template: bool | None = None,
     packing: bool = False,
-    padding_free: bool | str = "auto",
+    padding_free: bool | str | None = None,
     cache_frozen: bool = False,
     data_folder: str | Path | None = None,
     preflight: bool = True,
@@ -98,8 +99,8 @@ def finetune(
             training). Saves the padding of samples of unequal length.
         padding_free: drop the padding of batches before the first block and run samples by their lengths; the loss
             stays the same. "auto" does so where the model is proven to keep them apart and inlay's attention runs;
-            True also where masks do it, of the square of a batch's tokens; False leaves padding in. Packed rows have
-            none.
+            True also where masks do it, of the square of a batch's tokens; False leaves padding in. None is the model's
+            own setting, "auto" unless `model.set_padding_free` changed it. Packed rows have no padding.
         cache_frozen: keep what enters the first trained block in a file of the output_dir, and start there in later
             epochs; its size is printed first. For models whose lowest blocks are frozen, and draw no random numbers.
         data_folder: keep the encoded samples in files there instead of in memory; what is there already from the same
@@ -137,7 +138,7 @@ def finetune(
     if packing:
         check_samples_stay_apart(model)
         train_data = train_data.pack(max_length)
-    lost = padding_line(model, arguments, padding_free, [d for d in (train_data, held_out) if d is not None])
+    unpacked = [each for each in (train_data, held_out) if each is not None and not each.packed]
     states = check_cacheable(model, arguments, train_data) if cache_frozen else None
     if states is not None:
         if not training_arguments.get("output_dir"):
@@ -146,26 +147,26 @@ def finetune(
             )
         train_data = dataclasses.replace(train_data, numbered=True)
         arguments.remove_unused_columns = False  # numbers are for us, not for the model
-    mask = cache_frozen or lost.startswith(DROPPED)
-    collator = Collator.for_model(model, tokenizer, widest, mask=mask)
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=train_data,
-        eval_dataset=held_out,
-        data_collator=collator,
-        processing_class=tokenizer,
-        callbacks=callbacks,
-        pad_token_id=collator.pad_token_id,
-        inlay_optimizer=training_arguments.get("optim", EIGHT_BIT[0]) in EIGHT_BIT,
-    )
-    if preflight and arguments.world_size == 1:
-        trainer.add_callback(Preflight(trainer))
-    if trainer.is_world_process_zero():
-        _announce(model, tokenizer, train_data, held_out, train_on_inputs)
-        print(f"inlay: padding: {lost}")
-    with nullcontext() if states is None else caching(trainer, arguments.output_dir, states):
-        return run(trainer, save="output_dir" in training_arguments, resume_from_checkpoint=resume)
+    with padding_as(model, arguments, padding_free, unpacked) as (is_dropped, lost):
+        collator = Collator.for_model(model, tokenizer, widest, mask=cache_frozen or is_dropped)
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=train_data,
+            eval_dataset=held_out,
+            data_collator=collator,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            pad_token_id=collator.pad_token_id,
+            inlay_optimizer=training_arguments.get("optim", EIGHT_BIT[0]) in EIGHT_BIT,
+        )
+        if preflight and arguments.world_size == 1:
+            trainer.add_callback(Preflight(trainer))
+        if trainer.is_world_process_zero():
+            _announce(model, tokenizer, train_data, held_out, train_on_inputs)
+            print(f"inlay: padding: {lost}")
+        with nullcontext() if states is None else caching(trainer, arguments.output_dir, states):
+            return run(trainer, save="output_dir" in training_arguments, resume_from_checkpoint=resume)
 
 
 def run(trainer: Trainer, *, save: bool, resume_from_checkpoint: str | bool | None = None) -> FinetuneResult:
@@ -200,28 +201,36 @@ def run(trainer: Trainer, *, save: bool, resume_from_checkpoint: str | bool | No
     return result
 
 
-DROPPED = "dropped"
-
-
-def padding_line(model: Any, arguments: Any, padding_free: bool | str, data: list[TrainingData]) -> str:
-    """Set ``padding_free`` on the model; what becomes of padding, in words that begin with :data:`DROPPED` if so.
+@contextmanager
+def padding_as(
+    model: Any, arguments: Any, padding_free: bool | str | None, unpacked: list[TrainingData]
+) -> Iterator[tuple[bool, str]]:
+    """Within this context ``padding_free`` is the model's setting, or what keeps a run right. Yields whether padding is
+    dropped from ``unpacked``, and a line on it.
 
     Raises:
         ValueError: ``padding_free=True`` where samples are not proven to stay apart in one row.
     """
     setting = require_state(model, "finetune").padding_free
-    setting.set(padding_free)
-    unpacked = [each for each in data if not each.packed]
+    before = setting.mode
+    setting.set(before if padding_free is None else padding_free)
+    try:
+        yield _padding(model, arguments, setting, unpacked)
+    finally:
+        setting.set(before)
+
+
+def _padding(model: Any, arguments: Any, setting: PaddingFree, unpacked: list[TrainingData]) -> tuple[bool, str]:
     if not unpacked:
-        return "none: rows are packed"
-    if padding_free is not False and (asked := _minds_shapes(arguments)) is not None:
-        if padding_free is True:
+        return False, "none: rows are packed"
+    if setting.mode is not False and (asked := _minds_shapes(arguments)) is not None:
+        if setting.mode is True:
             raise ValueError(f"padding_free=True: rows of another shape do not go with {asked}; leave one of them out")
         setting.set(False)
-        return f"stays, because of {asked}"
+        return False, f"stays, because of {asked}"
     longest = max(max(each.lengths, default=0) for each in unpacked)
     reason = why_shapes_matter(model, {}) or setting.why_not(model, longest)
-    return f"{DROPPED}: samples run by their lengths in one row" if reason is None else f"stays: {reason}"
+    return reason is None, f"stays: {reason}" if reason is not None else f"dropped: {setting.manner(model, longest)}"
 
 
 def _minds_shapes(arguments: Any) -> str | None:

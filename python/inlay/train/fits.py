@@ -14,6 +14,7 @@ from ..data.masking import IGNORED
 from ..data.packing import PackedSamples
 from ..data.room import embedding_rows, head_rows, made_for, plain_tokens
 from ..data.tokens import Tokens
+from ..nn.modes import evaluating
 
 #: Rows that tables of positions may keep before the first one (OPT and RoBERTa: 2).
 _ROWS_BEFORE = 8
@@ -145,14 +146,9 @@ def _runs_with(model: Any, length: int) -> bool:
 @torch.no_grad()
 def _run(model: Any, input_ids: torch.Tensor) -> Exception | None:
     """The error of a forward on ``input_ids``, if any; modes and random numbers stay as they are."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with evaluating(model), torch.random.fork_rng(devices=[]):
             model(input_ids=input_ids.to(next(model.parameters()).device), use_cache=False)
     except Exception as error:
         return error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return None

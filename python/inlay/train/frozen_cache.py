@@ -23,7 +23,8 @@ from ..data.room import plain_tokens
 from ..nn.replay import Replay, check_replays, frozen_blocks, replayable
 from ..schedules import active_schedules
 
-STATES, KNOWN, KEY = "frozen_states.bin", "frozen_states_known.bin", "frozen_states.json"
+#: Underscores in front: what begins with one is not uploaded with an output_dir (push_to_hub).
+STATES, KNOWN, KEY = "_frozen_states.bin", "_frozen_states_known.bin", "_frozen_states.json"
 
 
 class FrozenCache:
@@ -41,10 +42,12 @@ class FrozenCache:
         self.replayed = 0  # samples whose frozen blocks did not run
         self.folder.mkdir(parents=True, exist_ok=True)
         made_from = {"key": key, "samples": len(lengths), "tokens": self.begins[-1], "width": self.width}
-        if self._held() != made_from | {"dtype": str(self.dtype)}:
+        made_from["dtype"] = str(self.dtype)
+        sizes = {STATES: self.begins[-1] * self.width * like.element_size(), KNOWN: len(lengths)}
+        if self._held() != made_from or any(self._size(name) != size for name, size in sizes.items()):
             for name in (STATES, KNOWN, KEY):
                 (self.folder / name).unlink(missing_ok=True)
-            self._write(made_from | {"dtype": str(self.dtype)})
+            self._write(made_from)
         self.states = self._mapped(STATES, self.begins[-1] * self.width, self.dtype).view(-1, self.width)
         self.known = self._mapped(KNOWN, len(lengths), torch.uint8)
 
@@ -56,6 +59,10 @@ class FrozenCache:
     def _held(self) -> Any:
         path = self.folder / KEY
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def _size(self, name: str) -> int | None:
+        path = self.folder / name
+        return path.stat().st_size if path.is_file() else None
 
     def _write(self, made_from: dict[str, Any]) -> None:
         (self.folder / KEY).write_text(json.dumps(made_from) + "\n", encoding="utf-8")
@@ -132,9 +139,11 @@ def check_cacheable(model: nn.Module, arguments: Any, data: TrainingData) -> Ten
         raise ValueError(f"cache_frozen=True: {error}") from error
 
 
-def fingerprint_of(model: nn.Module, data: TrainingData) -> str:
-    """SHA-256 over the samples and every frozen tensor that states at the boundary could depend on."""
+def fingerprint_of(model: nn.Module, data: TrainingData, like: Tensor) -> str:
+    """SHA-256 over the samples, every frozen tensor that states at the boundary could depend on, and some states, which
+    show how they are computed: in 8 bits, with what epsilon, under which adapter."""
     digest = hashlib.sha256(data.sha256().encode())
+    digest.update(like.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     above = _names_from(model, frozen_blocks(model)[1])
     for name, tensor in sorted((*model.named_parameters(), *model.named_buffers()), key=lambda item: item[0]):
         if not name.startswith(above) and not tensor.requires_grad:
@@ -155,7 +164,7 @@ def _names_from(model: nn.Module, first: nn.Module) -> tuple[str, ...]:
 def caching(trainer: Any, folder: str | Path, like: Tensor) -> Iterator[FrozenCache]:
     """Within this context ``trainer`` runs frozen blocks once a sample."""
     data = trainer.train_dataset
-    cache = FrozenCache(folder, data.lengths, like, fingerprint_of(trainer.model, data))
+    cache = FrozenCache(folder, data.lengths, like, fingerprint_of(trainer.model, data, like))
     count, known = len(frozen_blocks(trainer.model)[0]), int(cache.known.sum())
     print(
         f"inlay: cache_frozen: states above {count} frozen blocks, {cache.bytes / 2**20:,.1f} MiB in {cache.folder}"

@@ -114,8 +114,10 @@ class Trainer(transformers.Trainer):
     def _make_room(self, inputs: dict[str, Tensor]) -> None:
         """On a CPU, give back the holes in the heap that a batch of another shape left."""
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        if not ids.is_cpu:
+            return
         shape = (*ids.shape, -1 if mask is None else row_width(int(mask.sum())))
-        if ids.device.type == "cpu" and shape != self._last_shape:
+        if shape != self._last_shape:
             return_free_memory()
             self._last_shape = shape
 
