@@ -68,11 +68,12 @@ def test_doctor_on_gpus(monkeypatch):
         ((10, 0), "sm_90a", "NO code for it", "no code for the GPU"),
     ]:
         archs["value"] = value
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i, capability=capability: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i=None, capability=capability: capability)
         _native.has_code_for.cache_clear()
         report = dict(doctor.report())
         assert code in report["GPU 0"] and op in report["op swiglu_forward"].partition("CUDA")[2]
         assert value in report["CUDA kernels"]
+        assert report["dtype advice"].startswith("bfloat16 is" if capability >= (8, 0) else "no bf16")
     _native.has_code_for.cache_clear()
 
 

@@ -74,14 +74,14 @@ struct Pair {
   bool along;
   int64_t words;  // of 32 bits, of a panel
 
-  void pack(uint32_t* out, Columns& columns, int64_t j, int64_t width) const {
-    (along ? quads_along : quads_across)(out, columns, right, stride, j, width, left->depth);
+  void pack(uint32_t* out, Columns& columns, float* space, int64_t j, int64_t width) const {
+    (along ? quads_along : quads_across)(out, columns, space, right, stride, j, width, left->depth);
   }
 };
 
 struct Pairs {
   Pair items[kMostOperands];
-  int64_t count = 0, words = 0;
+  int64_t count = 0, words = 0, space = 0;
 
   Pairs(const TensorList& lefts, const TensorList& rights) : count(lefts.size) {
     for (int64_t i = 0; i < count; ++i) {
@@ -91,8 +91,9 @@ struct Pairs {
       parallel_for(left.shape[0], left.shape[1],
                    [&](int64_t m) { bytes->fill(m, row<const uint16_t>(left, m)); });
       items[i] = {bytes, data<const uint16_t>(right), right.strides[along ? 1 : 0], along,
-                  (left.shape[1] + 3) / 4 * kPanel};
+                  turned(left.shape[1]) / 4 * kPanel};
       words += items[i].words;
+      space = space < space_of(left.shape[1]) ? space_of(left.shape[1]) : space;
     }
   }
   ~Pairs() {
@@ -126,6 +127,7 @@ void strips_by_group(const Pairs& pairs, const Rectangle& part, int64_t g, int64
 void rectangle_of(const Pairs& pairs, const Rectangle& part, const Finish& finish) {
   const int64_t group = Workspace::clamp(kGroupBytes / (pairs.words * 4), part.last - part.first);
   const Aligned panels(group * pairs.words * 4), columns(group * pairs.count * int64_t(sizeof(Columns)));
+  const Aligned space(pairs.space);
   auto* words = reinterpret_cast<uint32_t*>(panels.start);
   auto* scales = reinterpret_cast<Columns*>(columns.start);
   for (int64_t g = part.first; g < part.last; g += group) {
@@ -133,7 +135,8 @@ void rectangle_of(const Pairs& pairs, const Rectangle& part, const Finish& finis
     for (int64_t p = 0; p < count; ++p) {
       uint32_t* panel = words + p * pairs.words;
       for (int64_t i = 0; i < pairs.count; ++i) {
-        pairs.items[i].pack(panel, scales[p * pairs.count + i], (g + p) * kPanel, width_of(part, g + p));
+        pairs.items[i].pack(panel, scales[p * pairs.count + i], reinterpret_cast<float*>(space.start),
+                            (g + p) * kPanel, width_of(part, g + p));
         panel += pairs.items[i].words;
       }
     }

@@ -6,7 +6,7 @@ from _compare import assert_as_good, assert_bits, padded_rows, wide
 
 from inlay import _native
 from inlay.ops import force_path
-from inlay.ops.int8_products import Int8Products, Int8ProductsT, int8_matmul_sum_
+from inlay.ops.int8_products import Int8Products, Int8ProductsT, int8_matmul_sum, int8_matmul_sum_, turned
 from inlay.ops.matmul_sum import ISA, matmul_sum, matmul_sum_, mm, mm_into, packs
 from inlay.ops.submatrix import submatrix_grad, submatrix_grad_into_
 
@@ -149,6 +149,25 @@ def test_eight_bits_of_any_magnitude(path, size):
     lefts[0][3, 5] = float("nan")
     int8_matmul_sum_(ours, lefts, rights, None, False)
     assert ours[3].isnan().all() and torch.isfinite(ours[:3]).all() and torch.isfinite(ours[4:]).all()
+
+
+@pytest.mark.parametrize("layout", ["along", "across"])
+@pytest.mark.parametrize("depth", [64, 70, 576])
+def test_eight_bits_keep_what_stands_beside_an_outlier(path, depth, layout):
+    """A row with one number a hundred times the others keeps their products: alone, it would take all 8 bits."""
+    (left,), (right,) = operands(64, (depth,), 40, layout)
+    left[:, 3], right[3] = 100 * left[:, 3].sign(), 0  # the outlier itself adds nothing
+    exact = left.double() @ right.double()
+    ours = int8_matmul_sum([left], [right])
+    assert float((ours.double() - exact).norm() / exact.norm()) < 0.12  # 0.22 and more without the turn
+
+
+@pytest.mark.parametrize("depth", [1, 64, 100, 192])
+def test_turning_keeps_products(depth):
+    x, w = torch.randn(5, depth, dtype=torch.float64), torch.randn(7, depth, dtype=torch.float64)
+    assert torch.allclose(turned(x) @ turned(w).t(), (x @ w.t()).float(), rtol=1e-4, atol=1e-4)
+    eye = turned(torch.eye(64))
+    assert torch.equal(eye @ eye.t(), torch.eye(64)) and torch.equal(eye.abs(), torch.full((64, 64), 0.125))
 
 
 @pytest.mark.parametrize("columns", [(48, 3), (3, 48), (200, 180)])
