@@ -1,9 +1,9 @@
 // What becomes of a tile's fp32 sums: a bias, what `out` holds, one rounding.
 #pragma once
 
-#include "cpu/panels.h"
+#include "cpu/product.h"
 
-#if defined(__AVX512BF16__)
+#if defined(INLAY_VEC_avx512) || defined(INLAY_VEC_avx2)
 
 namespace inlay {
 namespace INLAY_ISA_NS {
@@ -50,10 +50,16 @@ struct Finish {
     }
   }
 
+#if defined(__AVX512BF16__)
   static void rounded_row(bf16* to, const float* sums, int64_t width) {
     const __m512 left = _mm512_loadu_ps(sums), right = _mm512_loadu_ps(sums + 16);
     _mm512_mask_storeu_epi16(to, first_words(width), as_bits(_mm512_cvtne2ps_pbh(right, left)));
   }
+#else
+  static void rounded_row(bf16* to, const float* sums, int64_t width) {
+    for_vecs(width, [&](int64_t c, int n) { store_n(to + c, load(sums + c), n); });
+  }
+#endif
   static void rounded_row(float* to, const float* sums, int64_t width) {
     memcpy(to, sums, size_t(width) * 4);
   }

@@ -11,6 +11,11 @@ namespace INLAY_ISA_NS {
 namespace {
 
 constexpr int64_t kPanel = 32;  // columns of a panel: two registers
+constexpr int64_t kPer = 2;     // numbers of the contraction in a word of 32 bits
+// 14 x 2 sums, two registers of the panel and one of a left operand: 31 of 32. 28 products hide 16 loads.
+constexpr int kStrip = 14;
+using Number = uint16_t;  // of a strip
+using Word = uint32_t;    // of a panel
 
 inline __m512bh as_pairs(__m512i bits) { return reinterpret_cast<__m512bh>(bits); }
 inline __m512i as_bits(__m512bh pairs) { return reinterpret_cast<__m512i>(pairs); }
@@ -126,6 +131,75 @@ void pack_across(uint32_t* out, int64_t ld, const Source& source, int64_t j, int
     const __m512i odd = d + 1 < depth ? source.load(k + d + 1, j, width) : _mm512_setzero_si512();
     _mm512_store_si512(out, _mm512_permutex2var_epi16(even, left, odd));
     if (width > 16) _mm512_store_si512(out + 16, _mm512_permutex2var_epi16(even, right, odd));
+  }
+}
+
+// A left operand [M, depth] or a right one [depth, N]. `along`: neighbours in memory follow the contraction.
+struct Operand {
+  const void* data;
+  int64_t stride, depth;
+  bool along, wide, low;
+
+  template <class F>
+  void source(F&& f) const {
+    if (wide) return f(Halves{static_cast<const float*>(data), stride, low});
+    f(Words16{static_cast<const uint16_t*>(data), stride});
+  }
+  void pack(Word* out, int64_t ld, int64_t j, int64_t width, int64_t k, int64_t count) const {
+    source([&](const auto& words) {
+      if (along) return pack_along(out, ld, words, j, width, k, count);
+      pack_across(out, ld, words, j, width, k, count);
+    });
+  }
+  // Numbers [k, k + count) of row m, of bf16 that lie along; a zero behind an odd count.
+  void copy(Number* to, int64_t m, int64_t k, int64_t count) const {
+    const uint16_t* from = static_cast<const uint16_t*>(data) + m * stride + k;
+    for (int64_t i = 0; i < count; i += 32)
+      _mm512_mask_storeu_epi16(to + i, first_words(count - i),
+                               _mm512_maskz_loadu_epi16(first_words(count - i), from + i));
+    if (count % 2) to[count] = 0;
+  }
+};
+
+// Left operand of a strip: word p of row r at data[r·row + p·step].
+struct Strip {
+  const Number* data;
+  int64_t row, step;
+};
+
+// to[r] (+)= strip[r] · panel over `words` words; Wide: both registers of the panel's columns, or the first.
+template <int Rows, bool Wide>
+void tile(float* to, int64_t ld, bool add, Strip strip, const uint32_t* panel, int64_t words) {
+  __m512 sums[Rows][2];
+#pragma GCC unroll 14
+  for (int r = 0; r < Rows; ++r) {
+    sums[r][0] = add ? _mm512_loadu_ps(to + r * ld) : _mm512_setzero_ps();
+    sums[r][1] = Wide && add ? _mm512_loadu_ps(to + r * ld + 16) : _mm512_setzero_ps();
+  }
+  const uint16_t *third = strip.data + 3 * strip.row, *sixth = third + 3 * strip.row,
+                 *ninth = sixth + 3 * strip.row, *twelfth = ninth + 3 * strip.row;
+  for (int64_t p = 0; p < words; ++p, panel += kPanel) {
+    const __m512i one = _mm512_load_si512(panel), two = _mm512_load_si512(panel + 16);
+#pragma GCC unroll 14
+    for (int r = 0; r < Rows; ++r) {
+      // Every third row has a pointer of its own: more addresses than that would not fit in registers.
+      const uint16_t* const thirds[] = {strip.data, third, sixth, ninth, twelfth};
+      int32_t bits;
+      memcpy(&bits, thirds[r / 3] + r % 3 * strip.row, 4);
+      const __m512i pair = _mm512_set1_epi32(bits);
+      sums[r][0] = _mm512_dpbf16_ps(sums[r][0], as_pairs(pair), as_pairs(one));
+      if (Wide) sums[r][1] = _mm512_dpbf16_ps(sums[r][1], as_pairs(pair), as_pairs(two));
+    }
+    strip.data += strip.step;
+    third += strip.step;
+    sixth += strip.step;
+    ninth += strip.step;
+    twelfth += strip.step;
+  }
+#pragma GCC unroll 14
+  for (int r = 0; r < Rows; ++r) {
+    _mm512_storeu_ps(to + r * ld, sums[r][0]);
+    if (Wide) _mm512_storeu_ps(to + r * ld + 16, sums[r][1]);
   }
 }
 

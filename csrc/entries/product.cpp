@@ -15,7 +15,7 @@ void check_operand(const char* op, const char* name, const TensorView& t, int64_
 }
 
 void check_sum(const char* op, const TensorView& out, const TensorList& lefts, const TensorList& rights,
-               const TensorView& bias, bool wide_rights) {
+               const TensorView& bias, bool wide) {
   if (lefts.size != rights.size || lefts.size < 1 || lefts.size > kMostOperands)
     throw std::invalid_argument("inlay." + std::string(op) + ": lefts, rights: wanted 1 to " +
                                 std::to_string(kMostOperands) + " operands each, got " +
@@ -25,8 +25,10 @@ void check_sum(const char* op, const TensorView& out, const TensorList& lefts, c
   if (out.dtype != DType::f32) check_dtype(op, "out", out, DType::bf16);
   for (int64_t i = 0; i < lefts.size; ++i) {
     const TensorView &left = lefts.items[i], &right = rights.items[i];
-    check_dtype(op, "lefts", left, DType::bf16);
-    if (!wide_rights || right.dtype != DType::f32) check_dtype(op, "rights", right, DType::bf16);
+    if (!wide || left.dtype != DType::f32) check_dtype(op, "lefts", left, DType::bf16);
+    if (left.dtype != lefts.items[0].dtype) fail(op, "lefts", "operands of one dtype", left, "convert them");
+    if (left.dtype == DType::f32 || !wide || right.dtype != DType::f32)
+      check_dtype(op, "rights", right, left.dtype);
     rows_of(op, "lefts", left);
     if (left.shape[1] < 1) fail(op, "lefts", "one column or more", left, "leave out what is empty");
     check_operand(op, "lefts", left, out.shape[0], left.shape[1]);

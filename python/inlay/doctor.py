@@ -14,7 +14,7 @@ from inlay import _native
 from inlay.hardware import best_dtype
 from inlay.ops._registry import RAW_OPS
 from inlay.ops.lora_linear import ONE_PASS_BYTES, ONE_PASS_RANK
-from inlay.ops.matmul_sum import ISA
+from inlay.ops.matmul_sum import ISA, ISAS
 from inlay.ops.quantized_linear import CUDA_SMALL_ROWS, CUDA_SMALL_ROWS_PLAIN
 from inlay.ops.submatrix import CUDA_NARROW
 
@@ -86,8 +86,11 @@ def _gpu_lines() -> Iterator[tuple[str, str]]:
 #: Raw ops whose CPU kernel wants AMX, and what runs without it.
 _WITHOUT_AMX = {"submatrix_grad": "torch.mm in fp32", "submatrix_grad_into": "torch.mm in fp32"}
 
-#: Raw ops whose CPU kernel wants pairs of bf16, and what runs without it.
-_WITHOUT_PAIRS = {"matmul_sum": "torch's products, one by one", "int8_matmul_sum": 'nothing: compute="int8" is refused'}
+#: Raw ops whose CPU kernel wants certain instruction sets, and what runs on others.
+_WANTED = {
+    "matmul_sum": (ISAS, "torch's products, one by one"),
+    "int8_matmul_sum": ((ISA,), 'nothing: compute="int8" is refused'),
+}
 
 #: Raw ops that exist for their CUDA kernel, and what a CPU takes instead.
 _FOR_CUDA = {
@@ -119,8 +122,9 @@ _CUDA_KERNELS = {"lora_add": "lora_expand"}
 def _on_cpu(kernel: str, isa: str) -> str:
     if kernel in _WITHOUT_AMX and isa != "amx":
         return f"{_WITHOUT_AMX[kernel]} (the kernel wants AMX)"
-    if kernel in _WITHOUT_PAIRS and isa != ISA:
-        return f"{_WITHOUT_PAIRS[kernel]} (the kernel wants {ISA})"
+    wanted, instead = _WANTED.get(kernel, ((isa,), ""))
+    if isa not in wanted:
+        return f"{instead} (the kernel wants {' or '.join(wanted)})"
     return _FOR_CUDA.get(kernel, f"native, {isa}")
 
 

@@ -7,7 +7,7 @@ from _compare import assert_as_good, assert_bits, padded_rows, wide
 from inlay import _native
 from inlay.ops import force_path
 from inlay.ops.int8_products import Int8Products, Int8ProductsT, int8_matmul_sum, int8_matmul_sum_, turned
-from inlay.ops.matmul_sum import ISA, matmul_sum, matmul_sum_, mm, mm_into, packs
+from inlay.ops.matmul_sum import ISA, ISAS, matmul_sum, matmul_sum_, mm, mm_into, packs
 from inlay.ops.submatrix import submatrix_grad, submatrix_grad_into_
 
 # Edges of strips (14 rows), panels (32 columns), pairs and stretches of the contraction (2,048), and several operands.
@@ -62,6 +62,23 @@ def test_fp32_operands_keep_sixteen_bits(path):
     assert (total(lefts, [t.bfloat16() for t in rights]).double() - exact).norm() / exact.norm() > 2.0**-10
 
 
+@pytest.mark.parametrize("layout", ["along", "across"])
+@pytest.mark.parametrize("rows, depths, columns", SHAPES)
+def test_operands_that_are_all_fp32(path, rows, depths, columns, layout):
+    lefts, rights = (
+        [t.float() + torch.randn(t.shape) * 1e-3 for t in each] for each in operands(rows, depths, columns)
+    )
+    if layout == "along":
+        rights = [t.t().contiguous().t() for t in rights]
+    else:
+        lefts = [t.t().contiguous().t() for t in lefts]
+    out, bias = torch.randn(rows, columns), torch.randn(columns)
+    exact = total(wide(*lefts), wide(*rights)) + bias.double() + out.double()
+    torchs = sum(left @ right for left, right in zip(lefts, rights)) + bias + out
+    matmul_sum_(out, lefts, rights, bias, True)
+    assert_as_good(out, torchs, exact, "fp32", slack=4 + sum(depths) / 16)
+
+
 def test_transposed_outputs_and_rows_of_wider_matrices(path):
     lefts, rights = operands(37, (19,), 45)
     wanted = matmul_sum(lefts, rights)
@@ -113,7 +130,7 @@ def test_opcheck(op):
 
 def test_packs_wants_many_rows_of_bf16_and_the_engine():
     many = torch.randn(64, 8).bfloat16()
-    here = _native.available() and _native.module().isa() == ISA
+    here = _native.available() and _native.module().isa() in ISAS
     assert packs(many) == here
     assert not packs(many[:3]) and not packs(many.float()) and not packs(many[:, :0])
     with force_path("reference"):

@@ -23,7 +23,7 @@ from torch import Tensor
 from inlay import _native
 from inlay.ops._registry import as_rows, raw_op
 from inlay.ops.base_products import DenseBase, DenseBaseT, Terms, add_narrow
-from inlay.ops.matmul_sum import ISA, check_operands, packs, unit_stride
+from inlay.ops.matmul_sum import ISA, check_operands, packs_bytes, unit_stride
 
 #: Largest magnitude of a row or column from which it is scaled: the inverse of a smaller scale would not be finite.
 LEAST_SCALED = 2.0**-119
@@ -88,13 +88,13 @@ class _InEightBits:
 
     @classmethod
     def forward(cls, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if not packs(x):
+        if not packs_bytes(x):
             return cls.dense.forward(x, weight, bias)
         return int8_matmul_sum([x], [cls.dense.out_in(weight).t()], bias)
 
     @classmethod
     def backward_input(cls, dy: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if not packs(dy):
+        if not packs_bytes(dy):
             return cls.dense.backward_input(dy, weight)
         return int8_matmul_sum([dy], [cls.dense.out_in(weight)])
 

@@ -1,7 +1,9 @@
-"""Σ left_i·right_i + bias in one fp32 sum with one rounding, for many rows on a CPU that multiplies pairs of bf16.
+"""Σ left_i·right_i + bias in one fp32 sum with one rounding, for many rows of bf16 on a CPU.
 
 What a layer adds up is one such sum: x·Wᵀ and a low-rank branch, x·Wᵀ and chosen channels, dq·W_q + dk·W_k + dv·W_v.
-Elsewhere, callers keep to torch's products, each rounded where it is added.
+With AVX-512 BF16 pairs of bf16 are multiplied; on CPUs without such instructions, where torch emulates them at a fifth
+of fp32's speed and less, operands become fp32 as they are packed, so that bf16 runs as fast as fp32 does. Elsewhere,
+callers keep to torch's products, each rounded where it is added.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ from inlay import _native
 from inlay.ops import _registry
 from inlay.ops._registry import as_rows, fail, in_plain_torch, raw_op
 
-#: The instruction set whose kernel this is. With AMX torch's products (oneDNN) are the faster ones.
+#: The instruction set that multiplies pairs of bf16, and bytes, for this kernel.
 ISA = "avx512_bf16"
+#: Those that have the kernel. With AMX torch's products (oneDNN) are the faster ones.
+ISAS = ("avx2", "avx512", ISA)
 
 #: Rows from which packing the right operands pays, by benchmarks/ops/bench_matmul_sum.py.
 MANY = 32
@@ -28,7 +32,12 @@ def packs(x: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling() or not in_plain_torch((x,)) or _registry.forced() == "reference":
         return False
-    return _native.available() and _native.module().isa() == ISA
+    return _native.available() and _native.module().isa() in ISAS
+
+
+def packs_bytes(x: Tensor) -> bool:
+    """True where products of ``x [..., K]`` can be those of 8 bits."""
+    return packs(x) and _native.module().isa() == ISA
 
 
 def unit_stride(t: Tensor) -> Tensor:
@@ -45,8 +54,16 @@ def check_operands(op: str, out: Tensor, lefts: Sequence[Tensor], rights: Sequen
         fail(op, "lefts, rights", wanted, f"{len(lefts)} and {len(rights)}: {got}", "match the shapes")
 
 
+def _is_the_kernel_s(out: Tensor, lefts: list[Tensor], rights: list[Tensor]) -> bool:
+    left, right = {t.dtype for t in lefts}, {t.dtype for t in rights}
+    wide = {torch.float32}
+    if out.dtype not in (torch.bfloat16, torch.float32):
+        return False
+    return left == right == wide or (left == {torch.bfloat16} and right <= {torch.bfloat16, torch.float32})
+
+
 def _run(out: Tensor, lefts: list[Tensor], rights: list[Tensor], bias: Tensor | None, add: bool) -> None:
-    if _native.module().isa() != ISA or not all(left.dtype == torch.bfloat16 for left in lefts):
+    if _native.module().isa() not in ISAS or not _is_the_kernel_s(out, lefts, rights):
         return matmul_sum_.reference(out, lefts, rights, bias, add)
     check_operands("matmul_sum_", out, lefts, rights)
     lefts, rights = [unit_stride(t.detach()) for t in lefts], [unit_stride(t.detach()) for t in rights]
@@ -58,8 +75,8 @@ def _run(out: Tensor, lefts: list[Tensor], rights: list[Tensor], bias: Tensor | 
 def matmul_sum_(out: Tensor, lefts: list[Tensor], rights: list[Tensor], bias: Tensor | None, add: bool) -> None:
     """out [M, N] = Σ lefts[i] [M, K_i] · rights[i] [K_i, N] + bias [N], added to what is there if ``add``.
 
-    Sums are fp32 (float64 for float64 operands) and rounded once, to out's dtype. lefts bf16, rights bf16 or fp32:
-    those take part with 16 bits of their 24 in the kernel.
+    Sums are fp32 (float64 for float64 operands) and rounded once, to out's dtype. The kernel's: lefts bf16 and
+    rights bf16 or fp32, which take part with 16 bits of their 24 where bf16 is multiplied in pairs; or all fp32.
     """
     check_operands("matmul_sum_", out, lefts, rights)
     wide = torch.float64 if out.dtype == torch.float64 else torch.float32
