@@ -103,6 +103,7 @@ _ON_CUDA = {
     "(which it reads once), torch.mm and submatrix_grad elsewhere",
     "attention_forward": "torch's own attention (flash attention is there already)",
     "attention_backward": "torch's own attention (flash attention is there already)",
+    "attention_sinks": "the model's own code",
     "causal_conv1d_forward": "the model's own code",
     "causal_conv1d_backward": "the model's own code",
     "gated_delta_rule_forward": "the model's own code (flash-linear-attention's kernel where it is installed)",
