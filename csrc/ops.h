@@ -171,16 +171,14 @@ INLAY_CPU_OP(attention_sinks, (const TensorView& dsinks, const TensorView& dout,
 // z[b, t, c] = bias[c] + Σ_j weight[c, j]·x[b, t − K + 1 + j, c], tokens before the first being 0
 // y = z·sigmoid(z) if `silu`, else z
 // y, x float [B, T, C], unit stride along C; weight [C, K] and bias [C], or None (0), of any float dtype.
-// No CUDA kernel: the model's own code runs there
-INLAY_CPU_OP(causal_conv1d_forward, (const TensorView& y, const TensorView& x, const TensorView& weight,
-                                     const TensorView& bias, bool silu))
+INLAY_OP(causal_conv1d_forward, (const TensorView& y, const TensorView& x, const TensorView& weight,
+                                 const TensorView& bias, bool silu))
 
 // Its gradients: dx, dy as x; dweight as weight, dbias as bias; each of the three possibly None
 // sums f32 [B·ceil(T/64), (K + 1)·C], of any content: scratch where dweight or dbias is given, else None
-INLAY_CPU_OP(causal_conv1d_backward,
-             (const TensorView& dx, const TensorView& dweight, const TensorView& dbias,
-              const TensorView& sums, const TensorView& dy, const TensorView& x, const TensorView& weight,
-              const TensorView& bias, bool silu))
+INLAY_OP(causal_conv1d_backward, (const TensorView& dx, const TensorView& dweight, const TensorView& dbias,
+                                  const TensorView& sums, const TensorView& dy, const TensorView& x,
+                                  const TensorView& weight, const TensorView& bias, bool silu))
 
 // The gated delta rule (arXiv:2412.06464, equation 10, with the state transposed), for each head from an
 // initial state on:
