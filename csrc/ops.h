@@ -139,40 +139,46 @@ INLAY_OP(adamw_8bit_bf16_step,
           const TensorView& signed_map, const TensorView& unsigned_map, double lr, double beta1, double beta2,
           double eps, double weight_decay, int64_t step, double grad_scale, int64_t seed))
 
-// out = softmax(q·kᵀ·scale)·v over the keys that a query sees   lse = their logsumexp
-// q, out float [B, H, T, D]; k, v float [B, G, S, D], H a multiple of G; lse f32 [B, H, T]; unit stride along
-// D. spans int64 [B or 1, T, 2]: token t sees keys spans[t][0] ≤ j < spans[t][1], both in [0, S] and neither
-// falling from token to token; or None, which is causal: keys j ≤ t, and S = T. A token that sees none: out
-// 0, lse -inf. Nothing is computed for blocks of keys that nobody sees. Where the CPU multiplies pairs of
-// bf16 (isa avx512_bf16 and amx) P is rounded to bf16 for its product, as torch does. No CUDA kernel: torch's
-// flash attention is there already.
-INLAY_CPU_OP(attention_forward,
-             (const TensorView& out, const TensorView& lse, const TensorView& q, const TensorView& k,
-              const TensorView& v, const TensorView& spans, double scale))
+// out = softmax(s)·v over the keys that a query sees   s = q·kᵀ·scale, or softcap·tanh(q·kᵀ·scale/softcap)
+// where softcap is not 0   lse = logsumexp of s; with sinks of s and sinks[h], a logit that has no value: it
+// takes its share of the softmax and gives nothing
+// q, out float [B, H, T, D]; k, v float [B, G, S, D], H a multiple of G; lse f32 [B, H, T]; sinks f32 [H], or
+// None; unit stride along D. spans int64 [B or 1, T, 2]: token t sees keys spans[t][0] ≤ j < spans[t][1],
+// both in [0, S] and neither falling from token to token; or None, which is causal: keys j ≤ t, and S = T. A
+// token that sees none: out 0, lse -inf or its sink. Nothing is computed for blocks of keys that nobody sees.
+// Where the CPU multiplies pairs of bf16 (isa avx512_bf16 and amx) P is rounded to bf16 for its product, as
+// torch does. No CUDA kernel: torch's flash attention is there already.
+INLAY_CPU_OP(attention_forward, (const TensorView& out, const TensorView& lse, const TensorView& q,
+                                 const TensorView& k, const TensorView& v, const TensorView& spans,
+                                 const TensorView& sinks, double scale, double softcap))
 
 // Its gradients, from out and lse:
-//   P = exp(q·kᵀ·scale − lse)   dS = P·(dout·vᵀ − rowsum(dout·out))·scale
+//   P = exp(s − lse)   dS = P·(dout·vᵀ − rowsum(dout·out))·scale·(1 − (s/softcap)²), without softcap ·scale
 //   dq = dS·k   dk = dSᵀ·q   dv = Pᵀ·dout, dk and dv summed over the heads of a group
 // dq, dout as q, dk as k, dv as v. parts f32 [P, B, H, T, D], scratch of any content: the keys are worked on
 // in P shares, which are added in order; or None, one share. dS is rounded where P is.
 INLAY_CPU_OP(attention_backward,
              (const TensorView& dq, const TensorView& dk, const TensorView& dv, const TensorView& parts,
               const TensorView& dout, const TensorView& q, const TensorView& k, const TensorView& v,
-              const TensorView& out, const TensorView& lse, const TensorView& spans, double scale))
+              const TensorView& out, const TensorView& lse, const TensorView& spans, double scale,
+              double softcap))
+
+// dsinks[h] = −Σ over batch and tokens of exp(sinks[h] − lse)·rowsum(dout·out)
+// dsinks, sinks f32 [H]; dout, out float [B, H, T, D], unit stride along D; lse f32 [B, H, T]
+INLAY_CPU_OP(attention_sinks, (const TensorView& dsinks, const TensorView& dout, const TensorView& out,
+                               const TensorView& lse, const TensorView& sinks))
 
 // z[b, t, c] = bias[c] + Σ_j weight[c, j]·x[b, t − K + 1 + j, c], tokens before the first being 0
 // y = z·sigmoid(z) if `silu`, else z
 // y, x float [B, T, C], unit stride along C; weight [C, K] and bias [C], or None (0), of any float dtype.
-// No CUDA kernel: the model's own code runs there
-INLAY_CPU_OP(causal_conv1d_forward, (const TensorView& y, const TensorView& x, const TensorView& weight,
-                                     const TensorView& bias, bool silu))
+INLAY_OP(causal_conv1d_forward, (const TensorView& y, const TensorView& x, const TensorView& weight,
+                                 const TensorView& bias, bool silu))
 
 // Its gradients: dx, dy as x; dweight as weight, dbias as bias; each of the three possibly None
 // sums f32 [B·ceil(T/64), (K + 1)·C], of any content: scratch where dweight or dbias is given, else None
-INLAY_CPU_OP(causal_conv1d_backward,
-             (const TensorView& dx, const TensorView& dweight, const TensorView& dbias,
-              const TensorView& sums, const TensorView& dy, const TensorView& x, const TensorView& weight,
-              const TensorView& bias, bool silu))
+INLAY_OP(causal_conv1d_backward, (const TensorView& dx, const TensorView& dweight, const TensorView& dbias,
+                                  const TensorView& sums, const TensorView& dy, const TensorView& x,
+                                  const TensorView& weight, const TensorView& bias, bool silu))
 
 // The gated delta rule (arXiv:2412.06464, equation 10, with the state transposed), for each head from an
 // initial state on:

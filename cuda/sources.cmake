@@ -2,6 +2,7 @@
 set(INLAY_CUDA_SOURCES
     cuda/adamw.cu
     cuda/adamw_bf16.cu
+    cuda/causal_conv1d.cu
     cuda/cross_entropy.cu
     cuda/lora_backward.cu
     cuda/lora_linear.cu

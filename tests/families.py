@@ -292,6 +292,18 @@ WITH_BIASES = [
     Family(**_like_llama("qwen3-biases", "Qwen3", head_dim=8, attention_bias=True)),
 ]
 
+#: Families of which each head of attention has a sink; transformers has no SDPA for them.
+WITH_SINKS = [
+    Family(
+        **(
+            _like_llama("gpt_oss", "GptOss", head_dim=8, sliding_window=4, num_local_experts=4, num_experts_per_tok=2)
+            | {"targets": 2}
+        ),
+        blocks=_blocks(5, 0, 2),
+    ),
+    Family(**_like_llama("granite_swa", "GraniteSWA", sliding_window=4), fused_loss=False, blocks=_blocks(5, 2, 2)),
+]
+
 #: One layer of the gated delta rule, grouped, and one of attention with an output gate.
 _QWEN3_5 = {
     "head_dim": 8,
@@ -313,7 +325,7 @@ FAMILIES.append(
 )
 
 CAUSAL = [family for family in FAMILIES if family.causal]
-BY_NAME = {family.name: family for family in (*FAMILIES, *WITH_BIASES)}
+BY_NAME = {family.name: family for family in (*FAMILIES, *WITH_BIASES, *WITH_SINKS)}
 
 
 def prompt(seed: int = 0, tokens: int = 6, rows: int = 1) -> Tensor:

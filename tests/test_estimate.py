@@ -21,7 +21,7 @@ from inlay.estimate import per_gpu
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 METHODS = {"s2ft": inlay.S2FT(ratio=0.25), "lora": inlay.LoRA(r=4)}
-TEXT = [f for f in families.FAMILIES if f.name not in ("vit", "mixtral")]
+TEXT = [f for f in families.FAMILIES if f.name not in ("vit", "mixtral")] + [families.BY_NAME["granite_swa"]]
 
 
 class LiveBytes(TorchDispatchMode):

@@ -163,27 +163,39 @@ struct Visible {
   }
 };
 
-// 2^x for x that is at most 0, or little more. Minimax polynomials on [-1/2, 1/2]: error 2.6e-6 where the
-// result becomes bf16, 1.9e-9 before rounding where it stays fp32.
+// (2^r − 1)/r: a minimax polynomial on [-1/2, 1/2], so that 2^r has error 1.9e-9 before rounding.
+inline Vec rise_of_two(Vec r) {
+  Vec p = fma(Vec(1.534581161e-04f), r, Vec(1.339993122e-03f));
+  p = fma(p, r, Vec(9.618488959e-03f));
+  p = fma(p, r, Vec(5.550328777e-02f));
+  p = fma(p, r, Vec(2.402264689e-01f));
+  return fma(p, r, Vec(6.931472057e-01f));
+}
+
+// 2^x for x that is at most 0, or little more. Where the result becomes bf16 a shorter polynomial does: error
+// 2.6e-6.
 template <class E>
 inline Vec power_of_two(Vec x) {
   x = max(Vec(-150.0f), x);  // in this order a NaN comes through
   const Vec n = round(x), r = x - n;
-  Vec p;
-  if constexpr (kPaired<E>) {
-    p = fma(Vec(9.570101433e-03f), r, Vec(5.591786028e-02f));
-    p = fma(p, r, Vec(2.402474484e-01f));
-    p = fma(p, r, Vec(6.931218147e-01f));
-    p = fma(p, r, Vec(9.999992614e-01f));
-  } else {
-    p = fma(Vec(1.534581161e-04f), r, Vec(1.339993122e-03f));
-    p = fma(p, r, Vec(9.618488959e-03f));
-    p = fma(p, r, Vec(5.550328777e-02f));
-    p = fma(p, r, Vec(2.402264689e-01f));
-    p = fma(p, r, Vec(6.931472057e-01f));
-    p = fma(p, r, Vec(1.0f));
-  }
+  if constexpr (!kPaired<E>) return times_power_of_two(fma(rise_of_two(r), r, Vec(1.0f)), n);
+  Vec p = fma(Vec(9.570101433e-03f), r, Vec(5.591786028e-02f));
+  p = fma(p, r, Vec(2.402474484e-01f));
+  p = fma(p, r, Vec(6.931218147e-01f));
+  p = fma(p, r, Vec(9.999992614e-01f));
   return times_power_of_two(p, n);
+}
+
+// tanh |x| = t/(t + 2), t = e^2|x| − 1, formed without the cancellation: small x keep all their digits. Also
+// 1 − tanh |x| = 2/(t + 2), which keeps them where tanh is nearly 1.
+inline Vec tanh(Vec x, Vec& complement) {
+  const Vec z =
+      min(Vec(100.0f), abs(x) * Vec(2 * 1.44269504088896341f));  // in this order a NaN comes through
+  const Vec n = round(z), r = z - n, power = times_power_of_two(Vec(1.0f), n);
+  const Vec t = fma(power * r, rise_of_two(r), power - Vec(1.0f)), inverse = Vec(1.0f) / (t + Vec(2.0f));
+  complement = inverse + inverse;
+  const Vec y = t * inverse;
+  return where_negative(x, Vec(0.0f) - y, y);
 }
 
 struct Sizes {
@@ -200,6 +212,17 @@ struct Sizes {
 };
 
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+
+// From products of queries and keys to scores. With a soft cap a product becomes tanh(product·bend) first.
+struct Scale {
+  float bend;    // 0: no soft cap
+  float binary;  // of what is left to the scores, times log2(e)
+  float slope;   // of a score by its product, where tanh does not bend
+  Scale(double scale, double softcap)
+      : bend(softcap == 0 ? 0.0f : float(scale / softcap)),
+        binary(float(softcap == 0 ? scale : softcap) * kLog2e),
+        slope(float(scale)) {}
+};
 
 // Calls f(T{}, E{}): the element type of `dtype`, and how its products are formed. Pairs of bf16 are left to
 // the isa that is named for them: Intel's AVX-512 multiplies them at half the rate of fp32 (55 beside 109 G/s

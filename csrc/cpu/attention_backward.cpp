@@ -88,22 +88,37 @@ inline void load_queries(const Buffers<E>& b, const Head<T>& head, int64_t first
   memset(b.dq, 0, size_t(kLanes * b.padded) * 4);
 }
 
-struct Scale {
-  float natural, binary;  // of the scores, and that times log2(e)
+// Scores as their products are, and bent by a soft cap. `bent` is what `binary` multiplies; it also says what
+// a score changes by when its product does.
+struct Straight : Scale {
+  Vec bent(Vec product, Vec& by) const {
+    by = Vec(slope);
+    return product;
+  }
+};
+struct Capped : Scale {
+  Vec bent(Vec product, Vec& by) const {
+    Vec complement;
+    const Vec score = tanh(product * Vec(bend), complement);
+    by = Vec(slope) * complement * (Vec(1.0f) + abs(score));  // 1 − tanh² in two factors
+    return score;
+  }
 };
 
 // P and dS of Vec v and keys `key`, `key + 1`, from row `row` of the scores.
-template <class E>
+template <class E, class S>
 inline void slopes(const Buffers<E>& b, const Visible& visible, int64_t key, int64_t row, int64_t v,
-                   Scale scale) {
+                   S scale) {
   const int64_t lane = v * Vec::kWidth;
   const Vec lse = load(b.lse + lane), delta = load(b.delta + lane);
   const bool open = key >= visible.all[v].begin && key + E::kStep <= visible.all[v].end;
   Vec p[2], ds[2];
   for (int64_t i = 0; i < E::kStep; ++i) {
     const int64_t at = (row + i) * kLanes + lane;
-    p[i] = power_of_two<E>(fma(load(b.scores + at), Vec(scale.binary), Vec(0.0f) - lse));
-    ds[i] = p[i] * Vec(scale.natural) * (load(b.dp + at) - delta);
+    Vec slope;
+    const Vec score = scale.bent(load(b.scores + at), slope);
+    p[i] = power_of_two<E>(fma(score, Vec(scale.binary), Vec(0.0f) - lse));
+    ds[i] = p[i] * slope * (load(b.dp + at) - delta);
     if (!open) {
       p[i] = visible.choose(v, key + i, p[i], Vec(0.0f));
       ds[i] = visible.choose(v, key + i, ds[i], Vec(0.0f));
@@ -123,9 +138,9 @@ inline void slopes(const Buffers<E>& b, const Visible& visible, int64_t key, int
 
 // The same for `count` keys and all Vecs; dS is 0 outside `vecs`, and both are in rows that only fill up a
 // product.
-template <class E>
+template <class E, class S>
 inline void slope_block(const Buffers<E>& b, const Visible& visible, int64_t key, int64_t count, Range vecs,
-                        Scale scale) {
+                        S scale) {
   for (int64_t row = 0; row < count; row += E::kStep) {
     float* units = b.ds_units + (key + row) / E::kStep * kLanes;
     for (int64_t v = 0; v < vecs.begin; ++v) store(units + v * Vec::kWidth, Vec(0.0f));
@@ -143,7 +158,7 @@ inline void slope_block(const Buffers<E>& b, const Visible& visible, int64_t key
 // Everything of keys [key, key + count) and the block's rows, but dq.
 template <class E>
 inline void add_keys(const Buffers<E>& b, const Visible& visible, int64_t start, int64_t key, int64_t count,
-                     Scale scale) {
+                     const Scale& scale) {
   const Range vecs = visible.of_keys(E{}, key, count);
   const int64_t lane = vecs.begin * Vec::kWidth, number = vecs.end - vecs.begin, at = start + key;
   if (number) {
@@ -152,7 +167,11 @@ inline void add_keys(const Buffers<E>& b, const Visible& visible, int64_t start,
     multiply(E{}, b.dp + lane, kLanes, Start::zero, nullptr, ByRows{b.values + at * b.units, b.units},
              b.dout + lane, kLanes, b.units, count, number);
   }
-  slope_block(b, visible, key, count, vecs, scale);
+  if (scale.bend == 0) {
+    slope_block(b, visible, key, count, vecs, Straight{scale});
+  } else {
+    slope_block(b, visible, key, count, vecs, Capped{scale});
+  }
   if (!number) return;
   const int64_t from = key * b.kRowUnits + lane / E::kStep, groups = lane / E::kStep * b.padded;
   const int64_t depth = number * Vec::kWidth / E::kStep, across = b.padded / Vec::kWidth;
@@ -188,7 +207,7 @@ inline void store_rows(const Rows<T>& to, const float* from, int64_t ld, int64_t
 // One key head and keys [begin, end) of it.
 template <class E, class T, class Part>
 inline void backward_share(const Sizes& s, const Head<T>& head, const Rows<Part>& dq, const Spans& seen,
-                           Range share, Scale scale, const Buffers<E>& b) {
+                           Range share, const Scale& scale, const Buffers<E>& b) {
   load_keys(b, head, share.begin, share.end - share.begin, s.width);
   for (int64_t first = 0; first < s.rows; first += kLanes) {
     const int64_t count = least(kLanes, s.rows - first);
@@ -239,7 +258,7 @@ inline TensorView part_of(const TensorView& parts, int64_t share) {  // [B, H, T
 template <class T, class E>
 void backward(const TensorView& dq, const TensorView& dk, const TensorView& dv, const TensorView& parts,
               const TensorView& dout, const TensorView& q, const TensorView& k, const TensorView& v,
-              const TensorView& out, const TensorView& lse, const TensorView& spans, Scale scale) {
+              const TensorView& out, const TensorView& lse, const TensorView& spans, const Scale& scale) {
   const Sizes s(q, k);
   const int64_t shares = parts.data ? parts.shape[0] : 1, heads = s.batch * s.key_heads;
   const int64_t share = round_up((s.keys + shares - 1) / shares, kKeys);
@@ -264,15 +283,41 @@ void backward(const TensorView& dq, const TensorView& dk, const TensorView& dv, 
   if (parts.data) add_parts<T>(dq, parts);
 }
 
+// Of one head: its sink's share of the softmax of every row, times what a smaller share of the others loses.
+template <class T>
+inline float sink_slope(const TensorView& dout, const TensorView& out, const TensorView& lse, int64_t head,
+                        float sink) {
+  double total = 0;
+  for (int64_t b = 0; b < out.shape[0]; ++b) {
+    auto gradient = Rows<const T>(dout, b, head, 1).from(0), values = Rows<const T>(out, b, head, 1).from(0);
+    auto sum = Rows<const float>(lse, b, head, 1).from(0);
+    for (int64_t t = 0; t < out.shape[2]; ++t) {
+      const float delta = dot(gradient.next(), values.next(), out.shape[3]), all = *sum.next();
+      if (all != -__builtin_inff()) total -= double(delta) * __builtin_exp(double(sink) - double(all));
+    }
+  }
+  return float(total);
+}
+
 }  // namespace
 
 void attention_backward(const TensorView& dq, const TensorView& dk, const TensorView& dv,
                         const TensorView& parts, const TensorView& dout, const TensorView& q,
                         const TensorView& k, const TensorView& v, const TensorView& out,
-                        const TensorView& lse, const TensorView& spans, double scale) {
+                        const TensorView& lse, const TensorView& spans, double scale, double softcap) {
   with_engine(q.dtype, q.shape[3], [&](auto t, auto engine) {
     backward<decltype(t), decltype(engine)>(dq, dk, dv, parts, dout, q, k, v, out, lse, spans,
-                                            Scale{float(scale), float(scale) * kLog2e});
+                                            Scale(scale, softcap));
+  });
+}
+
+void attention_sinks(const TensorView& dsinks, const TensorView& dout, const TensorView& out,
+                     const TensorView& lse, const TensorView& sinks) {
+  const int64_t batch = out.shape[0], heads = out.shape[1], tokens = out.shape[2], width = out.shape[3];
+  with_float(out.dtype, [&](auto t) {
+    parallel_for(heads, batch * tokens * width / 4, [&](int64_t h) {
+      data<float>(dsinks)[h] = sink_slope<decltype(t)>(dout, out, lse, h, data<const float>(sinks)[h]);
+    });
   });
 }
 

@@ -52,6 +52,16 @@ inline void score(const Buffers<E>& b, const Visible& visible, const float* keys
   }
 }
 
+// Products become their tangents where somebody sees them; those between were never formed.
+inline void bend(float* scores, const Visible& visible, float factor) {
+  for (int64_t v = 0; v < visible.vecs; ++v)
+    for (int64_t key = visible.some[v].begin; key < visible.some[v].end; ++key) {
+      float* at = scores + key * kLanes + v * Vec::kWidth;
+      [[maybe_unused]] Vec complement;
+      store(at, tanh(load(at) * Vec(factor), complement));
+    }
+}
+
 inline Vec largest(const float* scores, const Visible& visible, int64_t v, float scale, Vec high) {
   Vec other = high;  // two at a time: one maximum would wait for itself
   visible.for_keys(v, [&](int64_t key, bool masked) {
@@ -131,7 +141,18 @@ inline void load_queries(const Buffers<E>& b, const Rows<const T>& q, int64_t fi
   }
 }
 
-// A row that sees no key is 0, and its logsumexp -inf.
+// A head's sink is in the softmax before any key is: the largest score so far, worth 1 of it.
+template <class E>
+inline void load_sinks(const Buffers<E>& b, const float* sinks, int64_t first, int64_t count, int64_t group) {
+  for (int64_t r = 0; r < count; ++r) {
+    const float sink = sinks[(first + r) % group] * kLog2e;
+    if (sink <= kLowest) continue;  // a NaN goes on
+    b.high[r] = sink;
+    b.total[r] = 1.0f;
+  }
+}
+
+// A row that sees no key is 0, and its logsumexp -inf, or its sink.
 template <class E, class T>
 inline void store_rows(const Buffers<E>& b, const Rows<T>& out, const Rows<float>& lse, int64_t first,
                        int64_t count, int64_t width) {
@@ -149,7 +170,7 @@ inline void store_rows(const Buffers<E>& b, const Rows<T>& out, const Rows<float
 
 template <class T, class E>
 void forward(const TensorView& out, const TensorView& lse, const TensorView& q, const TensorView& k,
-             const TensorView& v, const TensorView& spans, float scale) {
+             const TensorView& v, const TensorView& spans, const TensorView& sinks, Scale scale) {
   const Sizes s(q, k);
   const int64_t bytes = Buffers<E>(s, nullptr).bytes, chunks = (s.rows + kPieceRows - 1) / kPieceRows;
   const int64_t cost = least(s.rows, kPieceRows) * s.keys * s.width / 32;
@@ -170,13 +191,15 @@ void forward(const TensorView& out, const TensorView& lse, const TensorView& q, 
     for (int64_t first = begin; first < end; first += kLanes) {
       const int64_t count = least(kLanes, end - first), last = first + count - 1;
       load_queries<E, T>(b, queries, first, count, s.width);
+      if (given(sinks)) load_sinks(b, data<const float>(sinks) + head * s.group, first, count, s.group);
       const int64_t from = (seen.begin(first / s.group) - first_key) / kKeys * kKeys,
                     to = seen.end(last / s.group) - first_key;
       memset(b.out, 0, size_t(kLanes * b.padded) * 4);
       for (int64_t key = from; key < to; key += kKeys) {
         const Visible visible(E{}, seen, first, count, s.group, first_key + key, least(kKeys, to - key));
         score(b, visible, b.keys + key * b.units);
-        normalize(b, visible, scale);
+        if (scale.bend != 0) bend(b.scores, visible, scale.bend);
+        normalize(b, visible, scale.binary);
         add_values(b, visible, b.values + key / E::kStep * b.padded);
       }
       store_rows<E, T>(b, Rows<T>(out, batch, head, s.group), Rows<float>(lse, batch, head, s.group), first,
@@ -188,9 +211,10 @@ void forward(const TensorView& out, const TensorView& lse, const TensorView& q, 
 }  // namespace
 
 void attention_forward(const TensorView& out, const TensorView& lse, const TensorView& q, const TensorView& k,
-                       const TensorView& v, const TensorView& spans, double scale) {
+                       const TensorView& v, const TensorView& spans, const TensorView& sinks, double scale,
+                       double softcap) {
   with_engine(q.dtype, q.shape[3], [&](auto t, auto engine) {
-    forward<decltype(t), decltype(engine)>(out, lse, q, k, v, spans, float(scale) * kLog2e);
+    forward<decltype(t), decltype(engine)>(out, lse, q, k, v, spans, sinks, Scale(scale, softcap));
   });
 }
 

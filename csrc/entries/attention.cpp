@@ -49,21 +49,37 @@ void check_inputs(const char* op, const TensorView& q, const TensorView& k, cons
   check_spans(op, spans, q, keys[2]);
 }
 
+void check_sinks(const char* op, const char* name, const TensorView& sinks, int64_t heads) {
+  check_dtype(op, name, sinks, DType::f32);
+  check_vector(op, name, sinks, heads);
+}
+
+void check_softcap(const char* op, double softcap) {
+  if (!(softcap >= 0))
+    throw std::invalid_argument("inlay." + std::string(op) +
+                                ": softcap: wanted a positive number or 0, got " + std::to_string(softcap) +
+                                "; 0 is none");
+}
+
 }  // namespace
 
 void attention_forward(const TensorView& out, const TensorView& lse, const TensorView& q, const TensorView& k,
-                       const TensorView& v, const TensorView& spans, double scale) {
+                       const TensorView& v, const TensorView& spans, const TensorView& sinks, double scale,
+                       double softcap) {
   constexpr const char* op = "attention_forward";
   check_inputs(op, q, k, v, out, lse, spans);
-  run(op, &KernelTable::attention_forward, out, lse, q, k, v, spans, scale);
+  if (given(sinks)) check_sinks(op, "sinks", sinks, q.shape[1]);
+  check_softcap(op, softcap);
+  run(op, &KernelTable::attention_forward, out, lse, q, k, v, spans, sinks, scale, softcap);
 }
 
 void attention_backward(const TensorView& dq, const TensorView& dk, const TensorView& dv,
                         const TensorView& parts, const TensorView& dout, const TensorView& q,
                         const TensorView& k, const TensorView& v, const TensorView& out,
-                        const TensorView& lse, const TensorView& spans, double scale) {
+                        const TensorView& lse, const TensorView& spans, double scale, double softcap) {
   constexpr const char* op = "attention_backward";
   check_inputs(op, q, k, v, out, lse, spans);
+  check_softcap(op, softcap);
   check_rows(op, "dq", dq, q.dtype, q.shape);
   check_rows(op, "dout", dout, q.dtype, q.shape);
   check_rows(op, "dk", dk, q.dtype, k.shape);
@@ -76,7 +92,22 @@ void attention_backward(const TensorView& dq, const TensorView& dk, const Tensor
       fail(op, "parts", "[P, B, H, T, D], P at least 1, unit stride along D", parts,
            "pass None for one share");
   }
-  run(op, &KernelTable::attention_backward, dq, dk, dv, parts, dout, q, k, v, out, lse, spans, scale);
+  run(op, &KernelTable::attention_backward, dq, dk, dv, parts, dout, q, k, v, out, lse, spans, scale,
+      softcap);
+}
+
+void attention_sinks(const TensorView& dsinks, const TensorView& dout, const TensorView& out,
+                     const TensorView& lse, const TensorView& sinks) {
+  constexpr const char* op = "attention_sinks";
+  check_float(op, "out", out);
+  if (out.ndim != 4) fail(op, "out", "[B, H, T, D]", out, "split the heads first");
+  check_rows(op, "out", out, out.dtype, out.shape);
+  check_rows(op, "dout", dout, out.dtype, out.shape);
+  check_dtype(op, "lse", lse, DType::f32);
+  check_shape(op, "lse", lse, 3, out.shape);
+  check_sinks(op, "sinks", sinks, out.shape[1]);
+  check_sinks(op, "dsinks", dsinks, out.shape[1]);
+  run(op, &KernelTable::attention_sinks, dsinks, dout, out, lse, sinks);
 }
 
 }  // namespace inlay

@@ -106,8 +106,7 @@ _ON_CUDA = {
     "(which it reads once), torch.mm and submatrix_grad elsewhere",
     "attention_forward": "torch's own attention (flash attention is there already)",
     "attention_backward": "torch's own attention (flash attention is there already)",
-    "causal_conv1d_forward": "the model's own code",
-    "causal_conv1d_backward": "the model's own code",
+    "attention_sinks": "the model's own code",
     "gated_delta_rule_forward": "the model's own code (flash-linear-attention's kernel where it is installed)",
     "gated_delta_rule_backward": "the model's own code (flash-linear-attention's kernel where it is installed)",
     "quantized_linear_small": f"native kernel: tensor cores up to {CUDA_SMALL_ROWS} rows of 16 bits, a warp per output "
@@ -129,7 +128,7 @@ def _on_cpu(kernel: str, isa: str) -> str:
 
 
 def _on_cuda(name: str, kernel: str, built: list[str]) -> str:
-    if name.startswith(("attention_", "causal_conv1d_", "gated_delta_rule_")):
+    if name.startswith(("attention_", "gated_delta_rule_")):
         return _ON_CUDA[name]
     if not built:
         return "plain torch (no CUDA kernels in this build)"

@@ -162,7 +162,7 @@ def test_frozen_blocks_and_evaluation_run_by_lengths_too(monkeypatch):
     model = inlay.tune(llama(num_hidden_layers=3), inlay.FreezeLayers(layers=1)).train()
     model.inlay_state.padding_free.why_not(model, 16)
     calls, own = [], fused.attention
-    monkeypatch.setattr(fused, "attention", lambda *args: (calls.append(args[-1]), own(*args))[1])
+    monkeypatch.setattr(fused, "attention", lambda *args: (calls.append(args[4]), own(*args))[1])
     written = count_written(monkeypatch)
     given = batch()
     step(model, given, "auto")

@@ -90,7 +90,8 @@ def test_a_cache_is_asked_as_the_module_asks_it():
 
 @pytest.mark.parametrize(
     "name, attention",
-    [(name, how) for name in ("llama", "qwen3", "mistral") for how in ("eager", "sdpa")] + [("gemma2", "eager")],
+    [(name, how) for name in ("llama", "qwen3", "mistral") for how in ("eager", "sdpa")]
+    + [(name, "eager") for name in ("gemma2", "gpt_oss", "granite_swa")],
 )
 def test_attention_masks_positions_and_caches(name, attention):
     """Left padding, shifted positions, a cache filled in pieces: what generation and packing use."""

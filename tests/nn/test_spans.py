@@ -37,6 +37,14 @@ def test_spans_say_what_the_mask_says():
         spans = spans_of(mask)
         assert spans is not None, name
         assert torch.equal(mask_of(spans, *mask.shape[2:], mask.device).expand_as(mask), mask), name
+    for name, mask in masks.items():
+        for lowest in (-torch.inf, torch.finfo(torch.float32).min):
+            added = torch.zeros(mask.shape).masked_fill(~mask, lowest)
+            spans = spans_of(added)
+            if not mask.any(-1).all():
+                assert spans is None  # what sees nothing sees all keys alike where numbers are added
+            else:
+                assert torch.equal(spans, spans_of(mask.clone())), name
     assert spans_of(masks["causal"]).shape[0] == 1 and spans_of(masks["padded"]).shape[0] == 2
 
 
@@ -49,7 +57,9 @@ def test_what_is_no_stretch_stays_a_mask():
         "nothing between others' stretches": hole[None, None],
         "gap": gap[None, None],
         "falls back": causal.flip(0)[None, None],
-        "added": torch.zeros(1, 1, 9, 9),
+        "a bias": torch.zeros(1, 1, 9, 9).masked_fill(~causal, -4.0),
+        "a bias that trains": torch.zeros(1, 1, 9, 9, requires_grad=True),
+        "whole numbers": torch.zeros(1, 1, 9, 9).long(),
         "per head": causal.expand(2, 3, 9, 9),
         "flat": causal,
     }
@@ -109,7 +119,7 @@ def test_fused_blocks_take_our_attention(name, how, monkeypatch):
     monkeypatch.setattr(fused, "attention", counted)
     loss, ours = _step(tuned, _batch(how))
     assert len(calls) == model.config.num_hidden_layers
-    assert all((args[-1] is None) == (how == "plain" and name != "mistral") for args in calls)
+    assert all((args[4] is None) == (how == "plain" and name != "mistral") for args in calls)
     monkeypatch.setattr(fused, "has_own_kernel", lambda q: False)
     wanted_loss, wanted = _step(tuned, _batch(how))
     assert len(calls) == model.config.num_hidden_layers

@@ -313,15 +313,24 @@ def _rope(trained_angles: bool):
     return make
 
 
-def _attention() -> Case:
-    q, k, v = leaf(2, 4, 5, 8), leaf(2, 2, 5, 8), leaf(2, 2, 5, 8, seed=2)
+def _attention(softcap: float | None = None, sunk: bool = False):
+    def make() -> Case:
+        q, k, v = leaf(2, 4, 5, 8), leaf(2, 2, 5, 8), leaf(2, 2, 5, 8, seed=2)
+        sinks = leaf(4, seed=3) if sunk else None
 
-    def plain():
-        keys, values = (t.repeat_interleave(2, 1) for t in (k, v))
-        scores = (q @ keys.transpose(-1, -2)) * 8**-0.5
-        return (scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf).softmax(-1) @ values,)
+        def plain():
+            keys, values = (t.repeat_interleave(2, 1) for t in (k, v))
+            scores = (q @ keys.transpose(-1, -2)) * 8**-0.5
+            scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+            scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+            if sunk:
+                scores = torch.cat((scores, sinks[:, None, None].expand(2, -1, 5, 1)), -1)
+            return (scores.softmax(-1)[..., :5] @ values,)
 
-    return Case(lambda: (ops.attention(q, k, v),), plain, [q, k, v], [])
+        leaves = [q, k, v, *([sinks] if sunk else [])]
+        return Case(lambda: (ops.attention(q, k, v, softcap=softcap, sinks=sinks),), plain, leaves, [])
+
+    return make
 
 
 def _gated_delta_rule() -> Case:
@@ -385,7 +394,9 @@ WITHOUT_A_BASE: dict[str, Callable[[], Case]] = {
     "rows of a table that trains": _table,
     "rope": _rope(False),
     "rope, trained angles": _rope(True),
-    "attention": _attention,
+    "attention": _attention(),
+    "attention with a soft cap": _attention(0.5),
+    "attention with sinks": _attention(2.0, sunk=True),
     "causal_conv1d": _causal_conv1d(True, True),
     "causal_conv1d, taps alone": _causal_conv1d(False, False),
     "gated_delta_rule": _gated_delta_rule,

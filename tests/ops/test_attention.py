@@ -204,6 +204,6 @@ def test_bad_input(path):
         return
     for spans in (_window(37, 3).flip(1), _window(37, 3) + 1, _window(37, 3) - 1, _window(37, 3).flip(2)):
         with pytest.raises(ValueError, match="neither falling"):
-            attention_forward(q, k, v, spans, 1.0)
+            attention_forward(q, k, v, spans, None, 1.0, 0.0)
         with pytest.raises(ValueError, match="neither falling"):
-            attention_backward(cotangent, q, k, v, q, torch.zeros(q.shape[:3]), spans, 1.0)
+            attention_backward(cotangent, q, k, v, q, torch.zeros(q.shape[:3]), spans, 1.0, 0.0)

@@ -20,8 +20,9 @@ def _attention_examples():
     o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
     spans = torch.tensor([[0, 1], [0, 2], [0, 3], [2, 4], [2, 4], [2, 9], [4, 9], [4, 9], [8, 9]])[None]
     return {
-        "attention_forward": (q, k, v, spans, 32**-0.5),
-        "attention_backward": (do, q, k, v, o, lse, spans, 32**-0.5),
+        "attention_forward": (q, k, v, spans, torch.randn(4), 32**-0.5, 3.0),
+        "attention_backward": (do, q, k, v, o, lse, spans, 32**-0.5, 3.0),
+        "attention_sinks": (do, o, lse, torch.randn(4)),
     }
 
 

@@ -80,6 +80,20 @@ def test_swiglu_extremes(place):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "batch, tokens, channels, taps", [(2, 70, 37, 4), (1, 1, 1, 1), (3, 5, 130, 7), (1, 129, 8, 2)]
+)
+def test_causal_conv1d(place, dtype, batch, tokens, channels, taps):
+    """Fewer tokens than taps, several spans, channels beyond a block; views; taps and bias of their own dtypes."""
+    x, dy = (randn(batch, tokens, channels + 3, dtype=dtype)[..., 1 : channels + 1] for _ in range(2))
+    weight, bias = randn(channels, taps, dtype=dtype), randn(channels)
+    for held, shift, silu in ((weight, None, True), (weight.float(), bias, True), (weight, bias, False)):
+        check("causal_conv1d_forward", (x, held, shift, silu), place)
+        for needs in ((True, True), (True, False), (False, True)):
+            check("causal_conv1d_backward", (dy, x, held, shift, silu, *needs), place, slack=8, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("width, rotary, batches", [(20, 20, 1), (20, 6, 2), (64, 64, 1), (2, 2, 1), (24, 16, 2)])
 def test_rope(place, dtype, inverse, width, rotary, batches):

@@ -44,7 +44,7 @@ def why_not_by_lengths(model: nn.Module, longest: int) -> str | None:
     if not blocks:
         return "its attention is not one that inlay computes"
     implementation = blocks[0].config._attn_implementation
-    if implementation != "sdpa":
+    if implementation != "sdpa" and not (implementation == "eager" and all(block.inlay_eager for block in blocks)):
         return f"its attention is {implementation!r}; inlay's runs in the place of 'sdpa'"
     if any(block.inlay_dropout for block in blocks):
         return "its attention drops out scores"

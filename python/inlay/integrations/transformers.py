@@ -70,5 +70,20 @@ def attention_function(module: nn.Module) -> Callable[..., Any]:
 
     modeling = sys.modules[type(module).__module__]
     functions = getattr(modeling, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
-    eager = getattr(modeling, "eager_attention_forward", None)
-    return functions.get_interface(module.config._attn_implementation, eager)
+    return functions.get_interface(module.config._attn_implementation, eager_attention(module))
+
+
+def eager_attention(module: nn.Module) -> Callable[..., Any] | None:
+    """The attention of plain torch beside ``module``'s class."""
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+
+
+def weights_are_read(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether somebody wants the weights that ``module``, an attention, returns beside its output."""
+    if kwargs.get("output_attentions", getattr(module.config, "output_attentions", False)):
+        return True
+    try:  # what a model's forward sets for the hooks that collect outputs
+        from transformers.utils.output_capturing import _active_collector
+    except ImportError:
+        return False
+    return any("attentions" in key for key in _active_collector.get() or ())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..integrations.transformers import keeping_warnings_for_later
-from ..ops.causal_conv1d import causal_conv1d
+from ..ops.causal_conv1d import causal_conv1d, has_cuda_kernel
 from ..ops.gated_delta_rule import gated_delta_rule, has_own_kernel
 from .exchange import called_global, exchanged, innermost
 from .mixed import Mixed
@@ -98,7 +98,8 @@ def _convolution(names: dict[str, Any], name: str) -> Callable:
         activation: str | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        if _keeps_samples_apart(kwargs) or not has_own_kernel(hidden_states) or activation not in _ACTIVATIONS:
+        own = has_own_kernel(hidden_states) or has_cuda_kernel(hidden_states)
+        if _keeps_samples_apart(kwargs) or not own or activation not in _ACTIVATIONS:
             return names[name](hidden_states, weight, bias, activation, **kwargs)
         return causal_conv1d(hidden_states.mT, weight, bias, activation is not None).mT
 

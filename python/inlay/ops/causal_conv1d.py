@@ -16,6 +16,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from inlay import _native
 from inlay._native import module
 from inlay.ops._registry import (
     apply,
@@ -24,6 +25,7 @@ from inlay.ops._registry import (
     check_same,
     compute_dtype,
     fail,
+    forced,
     raw_op,
     unit_inner,
     without_autocast,
@@ -32,6 +34,12 @@ from inlay.ops._registry import (
 
 #: Tokens whose products are summed together for the weight's gradient, as the kernel says.
 _SPAN = 64
+
+
+def has_cuda_kernel(x: Tensor) -> bool:
+    """True where a kernel of ours runs on the GPU that ``x`` is on."""
+    wanted = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return x.is_cuda and wanted and forced() != "reference" and _native.available() and _native.runs_on(x)
 
 
 def _shifted(x: Tensor, taps: int) -> list[Tensor]:
