@@ -2,6 +2,9 @@
 
     BUDGET_S=540 OUT=build/gpu-check PARTS=build,tests,ops python benchmarks/gpu/check.py
 
+Objects that are in build/gpu already, from the same sources, options and compiler, are only linked: PARTS=build on a
+machine without a GPU compiles them for INLAY_GPU_ARCH (sm_90a), to be carried to one that is paid by the second.
+
 Wants CUDA, torch, transformers and a C++ compiler; nothing is downloaded, nothing outside build/ is written. Parts
 run in the order of PARTS, each in processes of its own, and gpu_check.json is written after each. A part that cannot
 run (no GPU, no time, a missing package) is "not run" with the reason; only what ran and failed is "failed".
@@ -10,6 +13,7 @@ run (no GPU, no time, a missing package) is "not run" with the reason; only what
 from __future__ import annotations
 
 import concurrent.futures
+import hashlib
 import importlib.util
 import json
 import os
@@ -27,7 +31,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "gpu"
 SITE = BUILD / "site"  # the package, as links, and the module built here
-PATH = os.pathsep.join([str(SITE), str(ROOT / "python")])  # without a build: the package with plain torch
+# Without a build it is the package with plain torch; packages that were carried come last.
+PATH = os.pathsep.join(filter(None, [str(SITE), str(ROOT / "python"), os.environ.get("PYTHONPATH")]))
 OUT = Path(os.environ.get("OUT") or ROOT / "build" / "gpu-check")
 BUDGET = float(os.environ.get("BUDGET_S") or 540)
 STARTED = time.monotonic()
@@ -53,6 +58,8 @@ def wanted(*packages: str) -> None:
 
 def present_gpu() -> str | None:
     """The architecture of the first GPU, as nvcc names it; None without one."""
+    if not has("torch"):
+        return None
     import torch
 
     if not torch.cuda.is_available():
@@ -135,6 +142,36 @@ def compile_commands(arch: str) -> dict[Path, list[str]]:
     }
 
 
+def fingerprint(command: list[str]) -> str:
+    """Of what an object is made from: sources, options, the compiler's and Python's version; not where they lie."""
+    digest = hashlib.sha256()
+    sources = [path for folder in ("csrc", "cuda") for path in (ROOT / folder).rglob("*.*") if path.is_file()]
+    for path in sorted(sources):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    said = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
+    version = said if command[0] == "nvcc" else command[0]  # host objects of any g++ link
+    options = [word for word in command if not word.startswith("-I") and str(ROOT) not in word]
+    digest.update(repr((options, version, sys.version_info[:2])).encode())
+    return digest.hexdigest()
+
+
+def compile_objects(commands: dict[Path, list[str]]) -> int:
+    """Objects that are not there yet; how many were."""
+    stamps = {target: fingerprint(command) for target, command in commands.items()}
+
+    def compile_one(target: Path) -> int:
+        stamp = target.with_suffix(".sha256")
+        if target.exists() and stamp.exists() and stamp.read_text() == stamps[target]:
+            return 1
+        run([*commands[target], "-o", str(target)], 300)
+        stamp.write_text(stamps[target])
+        return 0
+
+    workers = int(os.environ.get("BUILD_JOBS") or os.cpu_count() or 1)
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        return sum(pool.map(compile_one, commands))
+
+
 #: An editable install of this package is found before anything on PYTHONPATH.
 _NOT_EDITABLE = """import sys
 sys.meta_path[:] = [f for f in sys.meta_path if "inlay" not in getattr(f, "known_source_files", ())]
@@ -148,7 +185,7 @@ def build() -> dict[str, Any]:
     gpu = present_gpu()
     if gpu and int(re.findall(r"\d+", gpu)[0]) < 80:
         raise NotRun(f"wanted a GPU of sm_80 or newer, got {gpu}")
-    arch = gpu or "sm_90a"
+    arch = gpu or os.environ.get("INLAY_GPU_ARCH") or "sm_90a"
     shutil.rmtree(SITE, ignore_errors=True)
     (SITE / "inlay").mkdir(parents=True)
     for entry in (ROOT / "python" / "inlay").iterdir():
@@ -156,16 +193,21 @@ def build() -> dict[str, Any]:
             (SITE / "inlay" / entry.name).symlink_to(entry)
     (SITE / "sitecustomize.py").write_text(_NOT_EDITABLE)
     commands = compile_commands(arch)
-    workers = int(os.environ.get("BUILD_JOBS") or os.cpu_count() or 1)
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        list(pool.map(lambda item: run([*item[1], "-o", str(item[0])], 300), commands.items()))
+    found = compile_objects(commands)
     target = SITE / "inlay" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     run(["nvcc", "-shared", "-cudart", "static", "-o", str(target), *map(str, commands)], 120)
+    if gpu is None and not has("torch"):
+        return {"arch": arch, "gpu": "none: compiled and linked", "carried objects": f"{found} of {len(commands)}"}
     loaded = run([sys.executable, "-c", "import inlay._C; print(inlay._C.__file__)"], 120).strip()
     if Path(loaded) != target:
         raise RuntimeError(f"wanted {target}, Python imports {loaded}; uninstall inlay here")
     said = run([sys.executable, "-m", "inlay.doctor"], 120)
-    return {"arch": arch, "gpu": gpu or "none: compiled, imported, not run", "doctor": said.splitlines()}
+    return {
+        "arch": arch,
+        "gpu": gpu or "none: compiled, imported, not run",
+        "carried objects": f"{found} of {len(commands)}",
+        "doctor": said.splitlines(),
+    }
 
 
 # --- tests ------------------------------------------------------------------------------------------------------------
@@ -198,7 +240,8 @@ def tests() -> dict[str, Any]:
     if present_gpu() is None:
         raise NotRun(f"no GPU visible to torch; selected: {selected}")
     need_gpu()
-    said = run([*PYTEST, *WHERE], 240)
+    workers = ["-n", "8"] if has("xdist") else []  # most of a test is its inputs and reference on the CPU
+    said = run([*PYTEST, *workers, *WHERE], 240)
     return {"selected": selected, "said": said.strip().splitlines()[-1]}
 
 
@@ -270,7 +313,8 @@ DECODE = ["--device", "cuda", "--model", "llama-8b", "--tokens", "32", "--runs",
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "build": build,
     "tests": tests,
-    "sanitizer": sanitizer,
+    "train-1b": lambda: train("llama-1b", 4, 2048, DENSE, 120),
+    "train-1b-nf4": lambda: train("llama-1b", 4, 2048, PACKED, 120),
     "ops": lambda: measured("gpu/ops.py", "ops", 90, "--seconds", "75"),
     "train-8b": lambda: train("llama-8b", 1, 8192, DENSE, 200),
     "train-8b-nf4": lambda: train("llama-8b", 1, 8192, PACKED, 200),
@@ -279,8 +323,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     ),
     "train-8b-unsloth": beside_unsloth,
     "train-8b-4x2048": lambda: train("llama-8b", 4, 2048, DENSE, 200),
-    "train-1b": lambda: train("llama-1b", 4, 2048, DENSE, 120),
-    "train-1b-nf4": lambda: train("llama-1b", 4, 2048, PACKED, 120),
+    "sanitizer": sanitizer,
 }
 
 
