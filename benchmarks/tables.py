@@ -191,12 +191,12 @@ def op_table(*ops: str) -> str:
     return "\n".join([*lines, "", f"{machine_line(machine)}."]) + "\n"
 
 
-def generate_table() -> str:
+def generate_table(name: str, model: str) -> str:
     """Greedy decoding with an adapter active."""
-    result = read("generate_cpu")
+    result = read(name)
     if result is None:
         return "not measured yet\n"
-    lines = ["| SmolLM2-135M on nf4, adapter active | batch | tokens/s |", "|---|---|---|"]
+    lines = [f"| {model} on nf4, adapter active | batch | tokens/s |", "|---|---|---|"]
     for row in result["rows"]:
         title = TITLES.get(row["method"], row["method"])
         lines.append(f"| {title} | {row['batch']} | {row['tokens_per_second']:.1f} ({row['ratio']:.2f}x) |")
@@ -220,6 +220,57 @@ def estimate_table() -> str:
             f"{peak / 2**20:,.0f} MiB | {ours['peak'] / peak:.2f} |"
         )
     return "\n".join([*lines, "", f"{machine_line(result['machine'])}."]) + "\n"
+
+
+#: Files of results on a GPU, dense and on nf4, and what the tables call the model's shape and the batch.
+GPU_STEPS = {
+    "llama-1b_4x2048": "Llama-3.2-1B, 4 x 2,048 tokens",
+    "llama-8b_1x8192": "Llama-3-8B, 1 x 8,192 tokens",
+}
+
+
+def gpu_steps_table() -> str:
+    """Tokens/s and peak memory of a step; ratios are to PEFT's way on the same base."""
+    lines = [f"| tokens/s; memory above the model | {' | '.join(GPU_STEPS.values())} |", "|---" * 3 + "|"]
+    machine = None
+    for kind, peer in (("bf16", "peft-lora"), ("nf4", "peft-qlora")):
+        found = [read(f"h200/train_step_{shape}_{kind}") for shape in GPU_STEPS]
+        results = [result for result in found if result is not None]
+        if len(results) < len(GPU_STEPS):
+            return "not measured yet\n"
+        machine = results[0]["machine"]
+        for method in (row["method"] for row in results[0]["rows"]):
+            cells = " | ".join(_gpu_step(result, method, peer) for result in results)
+            lines.append(f"| {TITLES.get(method, method)} | {cells} |")
+    return "\n".join([*lines, "", f"Weights are random. {machine_line(machine or {})}."]) + "\n"
+
+
+def _gpu_step(result: dict[str, Any], method: str, peer: str) -> str:
+    rows = {row["method"]: row for row in result["rows"]}
+    ours, other = rows[method], rows[peer]
+    speed = ours["tokens_per_second"] / other["tokens_per_second"]
+    memory = ours["peak_bytes_above_model"] / other["peak_bytes_above_model"]
+    return (
+        f"{ours['tokens_per_second']:,.0f} ({speed:.2f}x); "
+        f"{ours['peak_bytes_above_model'] / 2**30:.1f} GiB ({memory:.2f}x)"
+    )
+
+
+def gpu_ops_table() -> str:
+    """Microseconds of each kernel, its share of a copy's bandwidth, and how many times as long others take."""
+    result = read("h200/ops")
+    if result is None:
+        return "not measured yet\n"
+    lines = ["| case | µs | of a copy's bandwidth | others, times as long |", "|---|---|---|---|"]
+    known = {"case", "us", "gigabytes", "gigaflops", "of_copy_bandwidth", "called"}
+    for row in result["rows"]:
+        share = f"{row['of_copy_bandwidth']:.0%}" if row.get("of_copy_bandwidth") else ""
+        ratios = [f"{name} {time / row['us']:.2f}x" for name, time in row.items() if name not in known]
+        called = row.get("called") or {}
+        ratios += [f"{name}, called, {time / called['ours']:.2f}x" for name, time in called.items() if name != "ours"]
+        lines.append(f"| {row['case']} | {row['us']:.1f} | {share} | {', '.join(ratios)} |")
+    copy = f"A copy moves {result['copy_gb_per_s']:,.0f} GB/s."
+    return "\n".join([*lines, "", f"{copy} {machine_line(result['machine'])}."]) + "\n"
 
 
 RUN_SHAPES = {
@@ -261,7 +312,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "four-bit-ops": lambda: op_table("quantize_blockwise", "quantized_linear"),
     "matmul-sum": lambda: op_table("matmul_sum"),
     "cross-entropy": lambda: op_table("cross_entropy"),
-    "generate": generate_table,
+    "generate": lambda: generate_table("generate_cpu", "SmolLM2-135M"),
+    "gpu-generate": lambda: generate_table("h200/generate_llama-8b", "Llama-3-8B's shape"),
+    "gpu-steps": gpu_steps_table,
+    "gpu-ops": gpu_ops_table,
 }
 
 

@@ -100,10 +100,10 @@ _FOR_CUDA = {
 
 #: What a call on a GPU takes where it is not simply the op's kernel, and why.
 _ON_CUDA = {
-    "submatrix_grad": f"native kernel up to {CUDA_NARROW} columns (it reads the gradient once), torch.mm with fp32 "
-    "output above (arithmetic is the bound there, and cuBLAS's)",
-    "lora_backward": f"native kernel up to rank {ONE_PASS_RANK} and from {ONE_PASS_BYTES >> 20} MiB of gradient on "
-    "(which it reads once), torch.mm and submatrix_grad elsewhere",
+    "submatrix_grad": "torch.mm with fp32 output; the native kernel where the narrow operand has up to "
+    f"{CUDA_NARROW} columns and not a multiple of 8",
+    "lora_backward": "torch.mm and submatrix_grad; the native kernel for ranks "
+    f"up to {ONE_PASS_RANK} that are no multiple of 8, from {ONE_PASS_BYTES >> 20} MiB of gradient on",
     "attention_forward": "torch's own attention (flash attention is there already)",
     "attention_backward": "torch's own attention (flash attention is there already)",
     "attention_sinks": "the model's own code",

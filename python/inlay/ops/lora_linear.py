@@ -105,8 +105,9 @@ def _few_rows(x: Tensor, a: Tensor, b: Tensor, scale: float, base: Any, tensors:
 
 #: What cuda/lora_backward.cu takes: factors of up to 16 columns, and a share of the tokens for every 512.
 ONE_PASS_RANK, _ONE_PASS_TOKENS = 16, 512
-#: Bytes of dy from which one pass pays: 8 us of reading at 4.3 TB/s, beside two more, small, launches. Predicted.
-ONE_PASS_BYTES = 32 << 20
+#: Bytes of dy from which one pass pays, and the ranks: those that cuBLAS cannot load 16 bytes at a time. On an H200 one
+#: pass takes 162 us at 8,192 x 14,336 and rank 16, and two products by cuBLAS 125.
+ONE_PASS_BYTES, _ALIGNED = 32 << 20, 8
 
 
 def _parts(tokens: int, columns: int, processors: int) -> tuple[int, int]:
@@ -129,7 +130,8 @@ def one_pass(dy: Tensor, xa: Tensor, sb: Tensor, processors: int) -> tuple[Tenso
 
 
 def _one_pass_native(dy: Tensor, xa: Tensor, sb: Tensor) -> tuple[Tensor, Tensor]:
-    pays = dy.is_cuda and dy.dtype in (torch.bfloat16, torch.float16) and xa.shape[1] <= ONE_PASS_RANK
+    rank = xa.shape[1]
+    pays = dy.is_cuda and dy.dtype in (torch.bfloat16, torch.float16) and rank <= ONE_PASS_RANK and rank % _ALIGNED
     if pays and dy.numel() * dy.element_size() >= ONE_PASS_BYTES:
         dyb, db = one_pass(dy, xa, sb, processors_of(dy.device))
         return dyb.to(dy.dtype), db

@@ -28,8 +28,10 @@ from inlay.ops.quantize_blockwise import check_packed, dequantize_4bit_, dynamic
 #: AMX at 4096 x 4096 by benchmarks/ops/bench_quantized_linear.py.
 SMALL_ROWS = 16
 
-#: The same on a GPU, with and without tensor cores (cuda/quantized_linear.cu). From counted bytes, not yet measured.
-CUDA_SMALL_ROWS = 64
+#: The same on a GPU, with and without tensor cores (cuda/quantized_linear.cu, which takes up to 64). On an H200 it is
+#: 1.3x to 1.7x as fast as the other way at 32 rows of Llama-3-8B's large linears, and at 64 no faster, or slower.
+#: Without tensor cores: from counted bytes.
+CUDA_SMALL_ROWS = 32
 CUDA_SMALL_ROWS_PLAIN = 4
 
 #: Bytes of one dequantized panel. At 4096 x 4096 and 64 to 512 rows, 8 MiB was best of 1 to 33 (the whole weight): up
