@@ -33,6 +33,17 @@ struct Words16 {
   }
 };
 
+// The same where row r is stored as rows[r].
+struct Gathered16 {
+  const uint16_t* data;
+  int64_t stride;
+  const int64_t* rows;
+  __m512i load(int64_t r, int64_t c, int64_t n) const {
+    return _mm512_maskz_loadu_epi16(first_words(n), data + rows[r] * stride + c);
+  }
+  void fetch(int64_t, int64_t) const {}  // the rows ahead may be none
+};
+
 // An fp32 operand takes part as two of bf16, hi + lo: 16 bits of its 24, where what it is summed into
 // keeps 8.
 struct Halves {

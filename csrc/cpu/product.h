@@ -29,14 +29,20 @@ constexpr int64_t kNear = 896;
 constexpr int kMostOperands = 32;
 
 // A left operand [M, depth] or a right one [depth, N]. `along`: neighbours in memory follow the contraction.
+// `rows`, of one of 16 bits: where its rows are stored; or none, in order.
 struct Operand {
   const void* data;
   int64_t stride, depth;
   bool along, wide, low;
+  const int64_t* rows = nullptr;
 
+  const uint16_t* row16(int64_t r) const {
+    return static_cast<const uint16_t*>(data) + (rows ? rows[r] : r) * stride;
+  }
   template <class F>
   void source(F&& f) const {
     if (wide) return f(Halves{static_cast<const float*>(data), stride, low});
+    if (rows) return f(Gathered16{static_cast<const uint16_t*>(data), stride, rows});
     f(Words16{static_cast<const uint16_t*>(data), stride});
   }
   void pack(uint32_t* out, int64_t ld, int64_t j, int64_t width, int64_t k, int64_t count) const {
@@ -151,8 +157,7 @@ inline Strip strip_of(const Operands& all, int64_t m, int rows, int64_t from, in
   all.for_parts(from, to, [&](int i, int64_t k, int64_t depth, int64_t place) {
     for (int r = 0; r < rows; ++r) {
       uint16_t* row = room + r * ld + place;
-      copy_words(row, static_cast<const uint16_t*>(all.left[i].data) + (m + r) * all.left[i].stride + k,
-                 depth);
+      copy_words(row, all.left[i].row16(m + r) + k, depth);
       if (depth % 2) row[depth] = 0;
     }
   });

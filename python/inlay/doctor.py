@@ -87,7 +87,12 @@ def _gpu_lines() -> Iterator[tuple[str, str]]:
 _WITHOUT_AMX = {"submatrix_grad": "torch.mm in fp32", "submatrix_grad_into": "torch.mm in fp32"}
 
 #: Raw ops whose CPU kernel wants pairs of bf16, and what runs without it.
-_WITHOUT_PAIRS = {"matmul_sum": "torch's products, one by one", "int8_matmul_sum": 'nothing: compute="int8" is refused'}
+_WITHOUT_PAIRS = {
+    "expert_grad": "torch.mm in fp32, expert by expert",
+    "expert_matmul": "torch.mm, expert by expert",
+    "int8_matmul_sum": 'nothing: compute="int8" is refused',
+    "matmul_sum": "torch's products, one by one",
+}
 
 #: Raw ops that exist for their CUDA kernel, and what a CPU takes instead.
 _FOR_CUDA = {
