@@ -76,8 +76,12 @@ def resolve_stacks(
                 f"target_parameters: {entry!r} matched no stack of experts' matrices; there are "
                 f"{known or 'none in this model'}; linears are named in target_modules"
             )
-    found = {path: stacks_of(module, path, entries) for path, module in experts.items() if _in_layers(path, layers)}
-    return {path: names for path, names in found.items() if names}
+    found = {path: names for path, module in experts.items() if (names := stacks_of(module, path, entries))}
+    kept = {path: names for path, names in found.items() if _in_layers(path, layers)}
+    if found and not kept:
+        there = sorted({layer_index(path) for path in found} - {None}, key=int)
+        raise ValueError(f"layers_to_transform={layers}: no experts there; there are some in {there or 'no layer'}")
+    return kept
 
 
 def _stacks(module: nn.Module) -> list[str]:

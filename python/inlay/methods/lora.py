@@ -109,8 +109,14 @@ class LoRA(Method):
 
     def targets(self, model: nn.Module) -> list[str]:
         stacks = list(resolve_stacks(model, self.target_parameters or (), self.layers_to_transform))
-        linears = [] if self.target_modules == [] and stacks else self._modules(model)
-        return [*linears, *stacks]
+        if not stacks or self.target_modules != []:
+            return [*self._modules(model), *stacks]
+        if self.exclude_modules:
+            raise ValueError(
+                f"exclude_modules: wanted none beside target_modules=[], got {self.exclude_modules!r}: experts are "
+                "chosen by target_parameters"
+            )
+        return stacks
 
     def _modules(self, model: nn.Module) -> list[str]:
         names = self.linears(model, "all-linear", by_name=embeddings(model))
