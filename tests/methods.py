@@ -67,6 +67,10 @@ def _experts(**options: Any) -> Callable[..., Method]:
     return _lora(**({"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]} | options))
 
 
+def _on_experts(**options: Any) -> Callable[..., Method]:
+    return _s2ft(**({"target_parameters": ["experts.down_proj"]} | options))
+
+
 def _with(method: type[Method], **options: Any) -> Callable[..., Method]:
     return lambda **more: method(**(options | more))
 
@@ -168,6 +172,14 @@ ROWS = (
     Row("lora-experts", _experts(target_modules=[]), families=MIXTURES, model=MIXTURE),
     Row("lora-some-experts", _experts(experts=[0, 3]), families=MIXTURES, model=MIXTURE),
     Row("lora-experts-nf4", _experts(), base="nf4", families=MIXTURES, model=MIXTURE),
+    Row("s2ft-experts", _on_experts(target_modules=[]), exports=False, families=MIXTURES, model=MIXTURE),
+    Row(
+        "s2ft-some-experts",
+        _on_experts(experts=[1, 2], strategy="weight"),
+        exports=False,
+        families=MIXTURES,
+        model=MIXTURE,
+    ),
     Row("lora-embedding", _lora(embeddings=True), families=TEXT, below=True),
     Row("s2ft-embedding", _s2ft(target_modules=TABLES), exports=False, families=TEXT, below=True),
     Row(

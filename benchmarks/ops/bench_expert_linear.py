@@ -1,19 +1,18 @@
-"""A layer of experts of a mixture: forward beside transformers' ways, training with LoRA beside PEFT's target_parameters.
+"""A mixture's experts: forward beside transformers' ways, training with LoRA beside PEFT's target_parameters.
 
 64 experts of 1,024 x 512, 8 a token, 1,024 tokens, bf16 (``--tokens``, ``--experts`` for others). Correctness first.
 """
 
 import argparse
-import copy
 import gc
 
+import _measure
 import peft
 import torch
 from _bench import alternate, check, header, line
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-import _measure
 from inlay.nn.blocks import install_blocks
 from inlay.nn.expert_layout import layout_of
 from inlay.nn.experts import hold_experts
@@ -46,7 +45,9 @@ def lora_here(experts: int) -> torch.nn.Module:
 
 def lora_in_peft(experts: int, way: str) -> torch.nn.Module:
     outer = torch.nn.ModuleDict({"experts": layer(experts, way)})
-    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=[], target_parameters=[f"experts.{s}" for s in STACKS])
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=2 * RANK, target_modules=[], target_parameters=[f"experts.{s}" for s in STACKS]
+    )
     return peft.inject_adapter_in_model(config, outer)["experts"]
 
 
@@ -88,7 +89,11 @@ def main() -> None:
         check(fused(*inputs), ways["eager"](*inputs), exact, "forward")
         times = alternate({way: lambda m=m: m(*inputs) for way, m in {"ours": fused, **ways}.items()}, seconds=2)
         line(f"forward, {tokens} tokens", times, gigaflops=flops)
-    models = {"ours": lora_here(experts), "PEFT": lora_in_peft(experts, "grouped_mm"), "PEFT eager": lora_in_peft(experts, "eager")}
+    models = {
+        "ours": lora_here(experts),
+        "PEFT": lora_in_peft(experts, "grouped_mm"),
+        "PEFT eager": lora_in_peft(experts, "eager"),
+    }
     times = alternate({name: lambda m=m: step(m, inputs) for name, m in models.items()}, seconds=6, least=3)
     line(f"LoRA r={RANK}, a step of {tokens} tokens", times, gigaflops=2 * flops)
     for name, module in models.items():

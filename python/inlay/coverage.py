@@ -99,7 +99,9 @@ def tuned_line(model: nn.Module) -> str:
 
 
 def warn_about_experts(model: nn.Module, tuned: Iterable[str]) -> None:
-    """Say once, at ``tune``, that a mixture's experts are left alone; ``tuned``: modules and tensors that are not."""
+    """Say once, at ``tune``, that a mixture's experts are left alone; ``tuned``: modules and tensors that are not.
+
+    Where a base is quantized, none is: experts stay dense there."""
     held = set(tuned)
     experts = {name: p for name, p in expert_weights(model).items() if not held & {name, name.rpartition(".")[0]}}
     if experts:
@@ -107,7 +109,7 @@ def warn_about_experts(model: nn.Module, tuned: Iterable[str]) -> None:
         share = sum(p.numel() for p in experts.values()) / max(sum(p.numel() for p in model.parameters()), 1)
         warnings.warn(
             f"{len(experts)} fused expert weights, {share:.0%} of this {type(model).__name__} (first {name} "
-            f"{list(first.shape)}), are neither tuned nor quantized; name them in LoRA's "
-            "target_parameters to tune them; model.print_tuned_modules() shows what is",
+            f"{list(first.shape)}), are not quantized, and not tuned unless LoRA's or S2FT's "
+            "target_parameters names them; model.print_tuned_modules() shows what is",
             stacklevel=3,
         )

@@ -79,7 +79,7 @@ def resolve_stacks(
     found = {path: names for path, module in experts.items() if (names := stacks_of(module, path, entries))}
     kept = {path: names for path, names in found.items() if _in_layers(path, layers)}
     if found and not kept:
-        there = sorted({layer_index(path) for path in found} - {None}, key=int)
+        there = sorted(index for path in found if (index := layer_index(path)) is not None)
         raise ValueError(f"layers_to_transform={layers}: no experts there; there are some in {there or 'no layer'}")
     return kept
 

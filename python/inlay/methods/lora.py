@@ -27,6 +27,7 @@ from ..sites import holds_experts, site_of
 from ..targets import embeddings, input_embedding, resolve_stacks, stacks_of
 from ..ties import each_once
 from .base import Calibration, Method, Plan, check_one_of, register
+from .experts import check_options, only_experts
 from .loftq import loftq
 from .peft_files import options_in
 
@@ -89,13 +90,7 @@ class LoRA(Method):
             raise ValueError(f"lora_dropout: wanted a probability in [0, 1), got {self.lora_dropout}")
         if self.loftq_iterations < 1:
             raise ValueError(f"loftq_iterations: wanted 1 or more, got {self.loftq_iterations}")
-        self._check_experts()
-
-    def _check_experts(self) -> None:
-        if isinstance(self.target_parameters, str):
-            raise TypeError(f"target_parameters: wanted a list of names, got {self.target_parameters!r}")
-        if self.experts is not None and not self.target_parameters:
-            raise ValueError("experts: wanted target_parameters to choose experts of, got none")
+        check_options(self.target_parameters, self.experts)
         if self.target_parameters and self.lora_dropout:
             raise ValueError(
                 f"lora_dropout: wanted 0 with target_parameters, got {self.lora_dropout}: PEFT has no dropout on "
@@ -109,14 +104,7 @@ class LoRA(Method):
 
     def targets(self, model: nn.Module) -> list[str]:
         stacks = list(resolve_stacks(model, self.target_parameters or (), self.layers_to_transform))
-        if not stacks or self.target_modules != []:
-            return [*self._modules(model), *stacks]
-        if self.exclude_modules:
-            raise ValueError(
-                f"exclude_modules: wanted none beside target_modules=[], got {self.exclude_modules!r}: experts are "
-                "chosen by target_parameters"
-            )
-        return stacks
+        return stacks if only_experts(self) else [*self._modules(model), *stacks]
 
     def _modules(self, model: nn.Module) -> list[str]:
         names = self.linears(model, "all-linear", by_name=embeddings(model))

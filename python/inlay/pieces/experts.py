@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.expert_layout import ExpertsLayout, experts_of
-from ..ops.expert_mlp import LowRank, Term
+from ..ops.expert_mlp import Channels, LowRank, Term
 from .base import Piece
 
 
@@ -60,14 +60,14 @@ class ExpertsPiece(Piece):
         """ΔW ``[out, in]`` of the ``slot``-th chosen expert in the stack ``name``."""
 
     def merge_stack(self, name: str, stack: Tensor) -> Tensor:
-        """A copy of ``stack``, as stored, that holds the change: one rounding, expert by expert."""
+        """A copy of ``stack``, as stored, that holds the change: one rounding. Differentiable as :meth:`merge` is."""
         if name not in self.names:
             return stack
-        merged = stack.detach().clone()
+        merged = stack.clone()
         for slot, expert in enumerate(self.chosen):
-            change = self.change(name, slot)
-            held = merged[expert]
-            held.copy_(held.to(change.dtype) + (change.t() if self.transposed else change).to(held.device))
+            change = self.change(name, slot).to(stack.device)
+            wide = stack[expert].to(change.dtype) + (change.t() if self.transposed else change)
+            merged[expert] = wide.to(stack.dtype)
         return merged
 
     def after(self, y: Tensor, x: Any) -> Tensor:
@@ -81,6 +81,15 @@ class ExpertsPiece(Piece):
 
     def structure(self) -> Any:
         return self.names, self.experts
+
+    def copied(self, attributes: Sequence[str]) -> Any:
+        """Another piece of the same kind, without its tensors."""
+        made: Any = type(self).__new__(type(self))
+        nn.Module.__init__(made)
+        for name in attributes:
+            setattr(made, name, getattr(self, name))
+        made.register_buffer("slots", self._buffers["slots"], persistent=False)
+        return made
 
     def extra_repr(self) -> str:
         return f"{', '.join(self.names)}, experts={'all' if self.experts is None else len(self.experts)}"
@@ -183,7 +192,9 @@ class ExpertsLowRank(ExpertsPiece):
         first = parts[0][1]
         if len({(piece.names, piece.experts) for _, piece in parts}) > 1:
             raise ValueError(f"{where}: these adapters train other experts or stacks; they do not add up")
-        made = first.copied()
+        made = first.copied(
+            ("names", "shapes", "transposed", "count", "swapped", "experts", "scale", "parts", "stored")
+        )
         made.scale = 1.0
         for part in first.parts.values():
             held = [(weight * piece.scale, piece) for weight, piece in parts]
@@ -191,15 +202,6 @@ class ExpertsLowRank(ExpertsPiece):
             b = torch.cat([size * getattr(piece, f"{part}_B").detach() for size, piece in held], dim=2)
             setattr(made, f"{part}_A", nn.Parameter(a))
             setattr(made, f"{part}_B", nn.Parameter(b))
-        return made
-
-    def copied(self) -> ExpertsLowRank:
-        """Another piece of the same kind, with tensors to be replaced."""
-        made: Any = type(self).__new__(type(self))
-        nn.Module.__init__(made)
-        for name in ("names", "shapes", "transposed", "count", "swapped", "experts", "scale", "parts", "stored"):
-            setattr(made, name, getattr(self, name))
-        made.register_buffer("slots", self._buffers["slots"], persistent=False)
         return made
 
     def exported(self, r: int) -> dict[str, Tensor]:
@@ -223,3 +225,95 @@ class ExpertsLowRank(ExpertsPiece):
 
     def extra_repr(self) -> str:
         return f"r={self.rank}, scale={self.scale:g}, {super().extra_repr()}"
+
+
+class ExpertsChannels(ExpertsPiece):
+    """``ΔW[e][:, I[e]]`` of the second stack, fp32 ``[n, out, s]`` from zero: chosen inner channels of each expert.
+
+    They are rebuilt from gate and up in the backward, never kept. Weight decay pulls towards the base.
+
+    Args:
+        indices: int64 ``[n, s]``, sorted and distinct in each row.
+
+    Raises:
+        ValueError: ``names`` holds another stack; indices of another shape, repeated, or of no channel.
+    """
+
+    stored = {"s2ft_expert_values": "values", "s2ft_expert_indices": "indices"}
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layout: ExpertsLayout,
+        names: Sequence[str],
+        indices: Tensor,
+        experts: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(module, layout, names, experts)
+        if self.names != (layout.down,):
+            raise ValueError(
+                f"target_parameters: S2FT trains input channels of the experts' {layout.down}, got {list(names)}; "
+                "LoRA takes either stack"
+            )
+        _, width, out = self.shapes[layout.down]
+        self.register_buffer("indices", check_channels(indices, len(self.chosen), width).to(self.slots.device))
+        held: Any = module._parameters[layout.down]
+        wide = torch.promote_types(held.dtype, torch.float32)
+        self.values = nn.Parameter(torch.zeros(*self._sizes(out), dtype=wide, device=held.device))
+
+    def _sizes(self, out: int) -> tuple[int, int, int]:
+        count, chosen = self._buffers["indices"].shape
+        return count, out, chosen
+
+    def terms(self, name: str) -> tuple[Term, ...]:
+        if name not in self.names:
+            return ()
+        held: Any = self._buffers
+        return (Channels(self.values, held["indices"], held["slots"]),)
+
+    def change(self, name: str, slot: int) -> Tensor:
+        _, width, out = self.shapes[name]
+        held: Any = self._buffers
+        return self.values.new_zeros(out, width).index_copy(1, held["indices"][slot], self.values[slot])
+
+    def changes_anything(self) -> bool:
+        return bool(self.values.detach().any())
+
+    @classmethod
+    def combine(cls, parts: Sequence[tuple[float, Any]], where: str) -> Any:
+        """The union of each expert's channels; those of fewer are filled up with others, which change nothing."""
+        first = parts[0][1]
+        if len({(piece.names, piece.experts) for _, piece in parts}) > 1:
+            raise ValueError(f"{where}: these adapters train other experts or stacks; they do not add up")
+        ((_, width, out),) = first.shapes.values()
+        unions = [torch.cat([piece.indices[n] for _, piece in parts]).unique() for n in range(len(first.chosen))]
+        most = max(union.numel() for union in unions)
+        made: Any = first.copied(("names", "shapes", "transposed", "count", "swapped", "experts"))
+        made.register_buffer("indices", torch.stack([filled(union, most, width) for union in unions]))
+        made.values = nn.Parameter(first.values.detach().new_zeros(len(unions), out, most))
+        for weight, piece in parts:
+            for n, channels in enumerate(made.indices):
+                places = torch.searchsorted(channels, piece.indices[n])
+                made.values.data[n].index_add_(1, places, piece.values.detach()[n], alpha=weight)
+        return made
+
+    def extra_repr(self) -> str:
+        return f"channels={self.values.shape[2]}, {super().extra_repr()}"
+
+
+def check_channels(indices: Tensor, experts: int, width: int) -> Tensor:
+    """``indices`` as int64, sorted; ValueError unless they are ``[experts, s]`` distinct channels of ``width``."""
+    if indices.dim() != 2 or indices.shape[0] != experts or not indices.numel():
+        raise ValueError(f"channels of experts: wanted int64 [{experts}, s], got {tuple(indices.shape)}")
+    ordered = indices.to(torch.int64).sort(dim=1).values
+    repeated = bool((ordered[:, 1:] == ordered[:, :-1]).any())
+    if repeated or int(ordered.min()) < 0 or int(ordered.max()) >= width:
+        raise ValueError(f"channels of experts: wanted distinct numbers from 0 to {width - 1} for each expert")
+    return ordered
+
+
+def filled(channels: Tensor, count: int, width: int) -> Tensor:
+    """``channels`` and the lowest others, ``count`` in all, sorted."""
+    free = torch.ones(width, dtype=torch.bool, device=channels.device).index_fill(0, channels, False)
+    others = free.nonzero().flatten()[: count - channels.numel()]
+    return torch.cat([channels, others]).sort().values
