@@ -12,6 +12,7 @@ from comparing import assert_close, assert_equal
 from families import _LLAMA, eval_logits, perturb, text_batch
 
 import inlay
+from inlay.nn.blocks import install_blocks
 from inlay.nn.experts import TunedExperts
 
 _MOE = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
@@ -116,6 +117,24 @@ def test_gradients_are_peft_s(kind, tmp_path):
         assert_close(ours, parameter.grad, atol=5e-5 * float(parameter.grad.abs().max()), what=name)
         compared += 1
     assert compared == len(held)
+
+
+@every_family
+def test_peft_s_own_lora_runs_on_fused_experts(kind):
+    """PEFT parametrizes a stack while it runs: the fused module takes it as it is, and gradients reach the factors."""
+    config = peft.LoraConfig(r=3, target_modules=[], target_parameters=BOTH)
+    results = []
+    for fused in (False, True):
+        theirs = randomized(peft.get_peft_model(build(kind), config)).train()
+        if fused:
+            assert install_blocks(theirs)["FusedExperts"] == 2
+        loss = theirs(**BATCH).loss
+        loss.backward()
+        grads = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+        results.append({"loss": loss.detach(), **grads})
+    assert len(results[0]) == 1 + 2 * 2 * 2
+    for name, wanted in results[0].items():
+        assert_close(results[1][name], wanted, atol=5e-5 * float(wanted.abs().max()), what=name)
 
 
 def _experts(model):

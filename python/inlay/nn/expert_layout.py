@@ -76,9 +76,9 @@ def compute_experts(
     down_terms: tuple[Term, ...] = (),
 ) -> Tensor:
     """The module's output ``[T, H]`` for tokens ``x [T, H]``, their experts ``index`` and ``weights [T, K]``."""
-    plan, weights = _plan(experts_of(module), x, index, weights)
     dtype = autocast_dtype(x)
-    up, down = (layout.stack(module, name).to(dtype) for name in (layout.up, layout.down))
+    up, down = (layout.stack(module, name).to(dtype) for name in (layout.up, layout.down))  # maybe PEFT's, parametrized
+    plan, weights = _plan(up.shape[0], x, index, weights)
     biases = [None if name is None else getattr(module, name).to(dtype) for name in (layout.up_bias, layout.down_bias)]
     gu = expert_up(x.to(dtype), plan, up, biases[0], up_terms)
     h = gu if layout.gate is not None else _own_activation(module, gu)
