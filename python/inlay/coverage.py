@@ -74,7 +74,7 @@ def expert_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         f"{path}.{name}": parameter
         for path, module in model.named_modules()
-        if "expert" in path.lower() or "expert" in type(module).__name__.lower()
+        if ("expert" in path.lower() or "expert" in type(module).__name__.lower()) and ".deltas" not in path
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() == 3
     }
