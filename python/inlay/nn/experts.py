@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..sharding import is_sharded
 from .expert_layout import ExpertsLayout, compute_experts, experts_settings, layout_of
 from .mixed import Mixed, mix
 from .tuned_output import TunedOutput, release
@@ -35,10 +36,15 @@ class FusedExperts(Mixed):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         inputs = _inputs(self.inlay_experts, args, kwargs)
-        # on a GPU transformers has a grouped product; "meta" is what estimates run on
-        if inputs is None or inputs[0].device.type not in ("cpu", "meta"):
+        if inputs is None or not self._is_ours(inputs[0]):
             return super().forward(*args, **kwargs)
         return compute_experts(self, self.inlay_experts, *inputs)
+
+    def _is_ours(self, x: Tensor) -> bool:
+        """Not on a GPU, where transformers has a grouped product ("meta" is what estimates run on); nor with experts of
+        other processes."""
+        here = x.device.type in ("cpu", "meta") and not getattr(self, "_is_expert_parallel", False)
+        return here and not is_sharded(getattr(self, self.inlay_experts.up))
 
 
 class TunedExperts(TunedOutput):
