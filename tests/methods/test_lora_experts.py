@@ -198,18 +198,16 @@ def test_errors_say_what_there_is():
             tuned_on("Mixtral", experts=bad)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_it_is_the_same(dtype):
-    tuned = randomized(tuned_on("Mixtral").to(dtype)).train()
+def test_compiled_it_is_the_same():
+    """In fp32: in 16 bits a rounding sends a token to another expert, and that is another model."""
+    tuned = randomized(tuned_on("Mixtral")).train()
     wanted = tuned(**BATCH).loss
     wanted.backward()
     grads = {n: p.grad.clone() for n, p in tuned.named_parameters() if p.grad is not None}
     tuned.zero_grad()
     loss = torch.compile(tuned, backend="aot_eager")(**BATCH).loss
     loss.backward()
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    assert abs(float(loss - wanted)) <= tolerance * float(wanted)
+    assert abs(float(loss - wanted)) <= 1e-5 * float(wanted)
     for name, parameter in tuned.named_parameters():
         if name in grads:
-            size = float(grads[name].abs().max())
-            assert_close(parameter.grad, grads[name], atol=5 * tolerance * size, what=name)
+            assert_close(parameter.grad, grads[name], atol=5e-5 * float(grads[name].abs().max()), what=name)
