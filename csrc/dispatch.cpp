@@ -74,6 +74,8 @@ constexpr KernelTable kAvx512Bf16 = [] {
   table.isa = "avx512_bf16";
   table.attention_forward = &avx512_bf16::attention_forward;
   table.attention_backward = &avx512_bf16::attention_backward;
+  table.expert_matmul = &avx512_bf16::expert_matmul;
+  table.expert_grad = &avx512_bf16::expert_grad;
   table.matmul_sum = &avx512_bf16::matmul_sum;
   table.int8_matmul_sum = &avx512_bf16::int8_matmul_sum;
   return table;

@@ -49,6 +49,31 @@ INLAY_CPU_OP(matmul_sum, (const TensorView& out, const TensorList& lefts, const 
 INLAY_CPU_OP(int8_matmul_sum, (const TensorView& out, const TensorList& lefts, const TensorList& rights,
                                const TensorView& bias, bool add))
 
+// Rows sorted by expert: those of expert e are offsets[e] ≤ m < offsets[e + 1], of E. A matrix of expert e is
+// number slots[e] of its stack, -1 where it has none
+//   out[m] = round(lefts[0][rows[m]]·rights[0][slots[0][e]] + lefts[1][m]·rights[1][slots[1][e]] + bias[e])
+// add: out is one more summand. Without a matrix there is no summand; rows of experts without any stay as
+// they are. Isa avx512_bf16 only
+// out f32 or bf16 [R, N]; lefts[i] bf16 [R, K_i], rights[i] bf16 or f32 [n_i, K_i, N], 1 or 2 of each, unit
+// stride along K_i or N; slots[i] i64 [E]; offsets i64 [E + 1], offsets[E] ≤ R; bias [E, N] of out's dtype,
+// or None; rows i64 [R] for a lefts[0] of another number of rows, or None. f32 rights take part as hi + lo if
+// `fine`, else as bf16
+INLAY_CPU_OP(expert_matmul, (const TensorView& out, const TensorList& lefts, const TensorList& rights,
+                             const TensorList& slots, const TensorView& rows, const TensorView& offsets,
+                             const TensorView& bias, bool fine, bool add))
+
+// out[slots[e]] = Σ_m left[left_rows[m]]ᵀ·right[right_rows[m]] over the rows m of expert e; that of an expert
+// without rows is not written. Isa avx512_bf16 only
+// out f32 or bf16 [n, P, Q]; left bf16 [., P], right bf16 [., Q]; left_rows, right_rows i64 [R] or None (m)
+INLAY_CPU_OP(expert_grad, (const TensorView& out, const TensorView& left, const TensorView& right,
+                           const TensorView& left_rows, const TensorView& right_rows,
+                           const TensorView& offsets, const TensorView& slots))
+
+// out[t] = round(Σ_k weights[t, k]·y[places[t, k]]), without summands of places < 0
+// out float [T, H], y float [R, H] of its dtype; places i64 [T, K]; weights f32 [T, K], or None (1)
+INLAY_CPU_OP(expert_combine, (const TensorView& out, const TensorView& y, const TensorView& places,
+                              const TensorView& weights))
+
 // out = act(gate)·up                                    float [M, K]; act 0 silu, 1 gelu tanh, 2 gelu erf
 INLAY_OP(swiglu_forward, (const TensorView& out, const TensorView& gate, const TensorView& up, int64_t act))
 

@@ -120,8 +120,9 @@ def _builder(model: str, config: str, attention: str | None = None, **options: A
 
 
 def llama(**changes: Any) -> nn.Module:
-    """The Llama of the table, with other options."""
-    return _builder("LlamaForCausalLM", "LlamaConfig", **(_LLAMA | changes))()
+    """The Llama of the table, with other options; or one of its relatives, by the ``prefix`` of its classes."""
+    prefix = changes.pop("prefix", "Llama")
+    return _builder(f"{prefix}ForCausalLM", f"{prefix}Config", **(_LLAMA | changes))()
 
 
 def _like_llama(name: str, prefix: str, **options: Any) -> dict[str, Any]:
@@ -268,7 +269,7 @@ FAMILIES = [
     ),
     Family(
         **(_like_llama("mixtral", "Mixtral", num_local_experts=4, num_experts_per_tok=2) | {"targets": 2}),
-        blocks=_blocks(5, 0, 2),
+        blocks=(("FusedAttention", 2), ("FusedExperts", 2), ("FusedRMSNorm", 5)),
     ),
     Family(
         **_like_llama(

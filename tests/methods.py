@@ -63,6 +63,14 @@ def _lora(**options: Any) -> Callable[..., Method]:
     return lambda **more: inlay.LoRA(**({"r": 4, "lora_alpha": 8} | options | more))
 
 
+def _experts(**options: Any) -> Callable[..., Method]:
+    return _lora(**({"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]} | options))
+
+
+def _on_experts(**options: Any) -> Callable[..., Method]:
+    return _s2ft(**({"target_parameters": ["experts.down_proj"]} | options))
+
+
 def _with(method: type[Method], **options: Any) -> Callable[..., Method]:
     return lambda **more: method(**(options | more))
 
@@ -88,6 +96,10 @@ OUTPUT_BIASED = ("gpt2", "opt", "bert", "vit", *(family.name for family in WITH_
 
 #: Families whose MLPs are linears.
 DENSE_MLP = tuple(family.name for family in FAMILIES if family.name != "mixtral")
+
+#: Families with experts, and options of a model with some.
+MIXTURES = ("mixtral",)
+MIXTURE = {"prefix": "Mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 
 #: Families of text, and those of them that write some.
 TEXT = tuple(family.name for family in FAMILIES if family.name != "vit")
@@ -157,6 +169,17 @@ ROWS = (
     Row("token-rows-nf4", _on_tokens(inlay.TokenRows), base="nf4", exports=False, families=TEXT, below=True),
     Row("token-rows-input", _on_tokens(inlay.TokenRows, head=False), exports=False, families=("llama",), below=True),
     Row("toolken-gpt", _on_tokens(inlay.ToolkenGPT), families=WRITING, below=True),
+    Row("lora-experts", _experts(target_modules=[]), families=MIXTURES, model=MIXTURE),
+    Row("lora-some-experts", _experts(experts=[0, 3]), families=MIXTURES, model=MIXTURE),
+    Row("lora-experts-nf4", _experts(), base="nf4", families=MIXTURES, model=MIXTURE),
+    Row("s2ft-experts", _on_experts(target_modules=[]), exports=False, families=MIXTURES, model=MIXTURE),
+    Row(
+        "s2ft-some-experts",
+        _on_experts(experts=[1, 2], strategy="weight"),
+        exports=False,
+        families=MIXTURES,
+        model=MIXTURE,
+    ),
     Row("lora-embedding", _lora(embeddings=True), families=TEXT, below=True),
     Row("s2ft-embedding", _s2ft(target_modules=TABLES), exports=False, families=TEXT, below=True),
     Row(

@@ -26,7 +26,7 @@ def test_rows_count_every_kind_of_weight(capsys):
 
 def test_fused_experts_are_named_as_not_covered(capsys):
     model = BY_NAME["mixtral"].build()
-    with pytest.warns(UserWarning, match=r"fused expert weights, \d+% of this Mixtral.*neither tuned nor quantized"):
+    with pytest.warns(UserWarning, match=r"fused expert weights, \d+% of this Mixtral.*are not quantized, and not t"):
         inlay.tune(model, inlay.S2FT(ratio=0.2))
     model.print_tuned_modules()
     lines = [line for line in capsys.readouterr().out.splitlines() if "fused experts" in line]

@@ -6,6 +6,7 @@ import runpy
 import sys
 import weakref
 from pathlib import Path
+from types import MethodType
 
 import families
 import pytest
@@ -21,7 +22,7 @@ from inlay.estimate import per_gpu
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 METHODS = {"s2ft": inlay.S2FT(ratio=0.25), "lora": inlay.LoRA(r=4)}
-TEXT = [f for f in families.FAMILIES if f.name not in ("vit", "mixtral")] + [families.BY_NAME["granite_swa"]]
+TEXT = [f for f in families.FAMILIES if f.name != "vit"] + [families.BY_NAME["granite_swa"]]
 
 
 class LiveBytes(TorchDispatchMode):
@@ -124,6 +125,21 @@ def test_flops_of_the_linears_are_two_per_weight_and_token(base):
     below = sum(first.get_submodule(name).weight.numel() for name in ("q_proj", "k_proj", "v_proj"))
     assert found.flops["linears dX"] == 2 * 20 * (weights - below)  # nothing flows below the first block's input
     assert found.flops["loss"] == 2 * 2 * 20 * model.lm_head.weight.numel()  # logits and d_hidden
+
+
+def test_flops_of_experts_are_those_of_the_tokens_they_get():
+    """Two experts a token, whatever their number; narrow products count with the wide ones they are added to."""
+    names, r = ["experts.gate_up_proj", "experts.down_proj"], 3
+    model = families.BY_NAME["mixtral"].build()
+    found = inlay.estimate(model, inlay.LoRA(r=r, target_modules=[], target_parameters=names), batch=2, seq=10)
+    ends = ("q_proj", "k_proj", "v_proj", "o_proj", "gate")  # of linears, and the router
+    others = sum(m.weight.numel() for n, m in model.named_modules() if n.endswith(ends))
+    layers, chosen, hidden, inner = 2, 2, 32, 48
+    wide, from_inner = 3 * hidden * inner, r * (2 * inner + hidden)
+    assert found.flops["linears forward"] == 2 * 20 * (others + layers * chosen * (wide + from_inner))
+    assert found.flops["delta forward"] == 2 * 20 * layers * chosen * r * (hidden + inner)
+    assert found.flops["linears dX"] < found.flops["linears forward"]
+    assert found.flops["delta gradients"] > 3 * found.flops["delta forward"]
 
 
 def test_flops_of_a_low_rank_delta():
@@ -232,8 +248,11 @@ def test_errors_say_what_was_wanted(changes, error, says):
 
 
 def test_a_step_that_shapes_cannot_tell_is_refused():
+    model = families.BY_NAME["mixtral"].build()
+    for layer in model.model.layers:  # experts that are left alone
+        layer.mlp.experts.forward = MethodType(type(layer.mlp.experts).forward, layer.mlp.experts)
     with pytest.raises(NotImplementedError, match="MixtralForCausalLM.*measure a step instead"):
-        inlay.estimate(families.BY_NAME["mixtral"].build(), METHODS["s2ft"], batch=2, seq=8)
+        inlay.estimate(model, METHODS["s2ft"], batch=2, seq=8)
 
 
 def test_the_command_prints_the_table_and_json(tmp_path, capsys):

@@ -200,7 +200,7 @@ def test_exported_it_is_the_same_in_peft(row, tmp_path):
     tuned = shake(tuned_by(row))
     inlay.export(tuned, tmp_path, format="peft-lora")
     wanted = eval_logits(tuned, BATCHES[0])
-    plain = llama()
+    plain = llama(**row.model)
     if row.base is not None:  # the quantized base as a plain model: what bitsandbytes would hold
         with inlay.disabled(tuned):
             base = {name: module.dense_base(torch.float32) for name, module in tuned_linears(tuned).items()}

@@ -18,6 +18,7 @@ from torch.func import functional_call
 import inlay
 from inlay.bases import QuantizedWeight
 from inlay.bases.linear import is_conv1d
+from inlay.pieces.experts import ExpertsPiece
 from inlay.pieces.linear import SubmatrixDelta
 from inlay.schedules import SCHEDULES
 from inlay.state import pieces_of, tuned_modules
@@ -55,6 +56,9 @@ class Merged:
         weights: dict[str, Any] = dict(self.whole)
         for path, piece in self.pieces.items():
             module = self.model.get_submodule(path)
+            if isinstance(piece, ExpertsPiece):
+                weights |= {f"{path}.{n}": piece.merge_stack(n, getattr(module, n)) for n in piece.names}
+                continue
             turned = is_conv1d(module)
             weight, bias = piece.merge(module.weight.t() if turned else module.weight, getattr(module, "bias", None))
             weights[f"{path}.weight"] = weight.t() if turned else weight

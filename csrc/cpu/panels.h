@@ -38,6 +38,17 @@ struct Words16 {
   }
 };
 
+// The same where row r is stored as rows[r].
+struct Gathered16 {
+  const uint16_t* data;
+  int64_t stride;
+  const int64_t* rows;
+  __m512i load(int64_t r, int64_t c, int64_t n) const {
+    return _mm512_maskz_loadu_epi16(first_words(n), data + rows[r] * stride + c);
+  }
+  void fetch(int64_t, int64_t) const {}  // the rows ahead may be none
+};
+
 // An fp32 operand takes part as two of bf16, hi + lo: 16 bits of its 24, where what it is summed into
 // keeps 8.
 struct Halves {
@@ -135,14 +146,20 @@ void pack_across(uint32_t* out, int64_t ld, const Source& source, int64_t j, int
 }
 
 // A left operand [M, depth] or a right one [depth, N]. `along`: neighbours in memory follow the contraction.
+// `rows`, of one of 16 bits: where its rows are stored; or none, in order.
 struct Operand {
   const void* data;
   int64_t stride, depth;
   bool along, wide, low;
+  const int64_t* rows = nullptr;
 
+  const uint16_t* row16(int64_t r) const {
+    return static_cast<const uint16_t*>(data) + (rows ? rows[r] : r) * stride;
+  }
   template <class F>
   void source(F&& f) const {
     if (wide) return f(Halves{static_cast<const float*>(data), stride, low});
+    if (rows) return f(Gathered16{static_cast<const uint16_t*>(data), stride, rows});
     f(Words16{static_cast<const uint16_t*>(data), stride});
   }
   void pack(Word* out, int64_t ld, int64_t j, int64_t width, int64_t k, int64_t count) const {
@@ -153,7 +170,7 @@ struct Operand {
   }
   // Numbers [k, k + count) of row m, of bf16 that lie along; a zero behind an odd count.
   void copy(Number* to, int64_t m, int64_t k, int64_t count) const {
-    const uint16_t* from = static_cast<const uint16_t*>(data) + m * stride + k;
+    const uint16_t* from = row16(m) + k;
     for (int64_t i = 0; i < count; i += 32)
       _mm512_mask_storeu_epi16(to + i, first_words(count - i),
                                _mm512_maskz_loadu_epi16(first_words(count - i), from + i));

@@ -90,6 +90,8 @@ _WITHOUT_AMX = {"submatrix_grad": "torch.mm in fp32", "submatrix_grad_into": "to
 _WANTED = {
     "matmul_sum": (ISAS, "torch's products, one by one"),
     "int8_matmul_sum": ((ISA,), 'nothing: compute="int8" is refused'),
+    "expert_grad": ((ISA,), "torch.mm in fp32, expert by expert"),
+    "expert_matmul": ((ISA,), "torch.mm, expert by expert"),
 }
 
 #: Raw ops that exist for their CUDA kernel, and what a CPU takes instead.

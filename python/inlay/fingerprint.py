@@ -29,11 +29,13 @@ def fingerprint(model: nn.Module, tuned: Sequence[str], leave_out: Collection[st
     weights = _spread([name for name in tuned if _packed(model, name)], _PACKED)
     weights += [name for name in tuned if not _packed(model, name)]
     for name in weights:
-        _note(held, f"{name}.weight", model.get_submodule(name).weight)
+        if isinstance(weight := getattr(model.get_submodule(name), "weight", None), Tensor):
+            _note(held, f"{name}.weight", weight)
     others = {
         key: parameter
         for key, parameter in model.named_parameters()
-        if key not in leave_out and key.rpartition(".")[0] not in tuned and parameter.is_floating_point()
+        if key not in leave_out and parameter.is_floating_point()
+        if key.rpartition(".")[0] not in tuned or parameter.dim() == 3
         if ".deltas." not in key and not isinstance(model.get_submodule(key.rpartition(".")[0]), QuantizedWeight)
     }
     for key in _spread(list(others), _OTHERS):

@@ -13,6 +13,7 @@ from .bases.linear import computes_linear
 from .integrations.trl import watch
 from .methods import Method
 from .nn.blocks import install_blocks
+from .nn.experts import hold_experts, proven_layout
 from .nn.head import install_head
 from .nn.holder import Holder
 from .nn.tuned_linear import TunedLinear
@@ -23,7 +24,7 @@ from .nn.whole import add_whole, check_whole
 from .pieces import Piece, Whole
 from .pieces.lookup import lookup_of
 from .schedules import SCHEDULES, Schedule, follow
-from .sites import LinearSite, site_of
+from .sites import ExpertsSite, LinearSite, site_of
 from .state import (
     STATE_ATTRIBUTE,
     TuneState,
@@ -77,7 +78,7 @@ def install(
     if fused_blocks:
         install_blocks(model)
     for name, piece in pieces.items():
-        holder = held[name] if name in held else hold_outputs(model.get_submodule(name))
+        holder = held[name] if name in held else _hold(model, name)
         holder.add_delta(adapter_name, piece)
     if fused_loss:
         install_head(model)
@@ -86,6 +87,11 @@ def install(
     if schedule is not None:
         _add_schedule(model, schedule, adapter_name)
     return model
+
+
+def _hold(model: nn.Module, name: str) -> Holder:
+    module = model.get_submodule(name)
+    return hold_experts(module, name) if isinstance(site_of(model, name), ExpertsSite) else hold_outputs(module)
 
 
 def _add_schedule(model: nn.Module, schedule: Schedule, adapter_name: str) -> None:
@@ -146,10 +152,21 @@ def check_base_fits(model: nn.Module, method: Method, pieces: Mapping[str, Piece
 
 
 def check_sites(model: nn.Module, paths: Iterable[str], loaded: bool = True) -> None:
-    """:func:`check_tunable` of the linears among ``paths``, and :func:`check_output` of the other modules."""
+    """:func:`check_tunable` of the linears among ``paths``, :func:`check_stacks` of modules of experts, and
+    :func:`check_output` of the others."""
+    checks = {LinearSite: check_tunable, ExpertsSite: check_stacks}
     for path in paths:
-        check = check_tunable if isinstance(site_of(model, path), LinearSite) else check_output
-        check(model, path, loaded)
+        checks.get(type(site_of(model, path)), check_output)(model, path, loaded)
+
+
+def check_stacks(model: nn.Module, name: str, loaded: bool = True) -> None:
+    """Raise ValueError if a piece on the experts ``name`` would do something wrong, or they have no weights yet."""
+    module = model.get_submodule(name)
+    if loaded and any(parameter.device.type == "meta" for parameter in module.parameters(recurse=False)):
+        raise ValueError(f"{name} is on the meta device: load its weights before tune")
+    if "inlay_whole" in module.__dict__:
+        raise ValueError(f"{name} trains whole in another adapter; a piece on it as well would train it twice")
+    proven_layout(module, name)
 
 
 def check_output(model: nn.Module, name: str, loaded: bool = True) -> None:

@@ -29,6 +29,10 @@ class LinearSite(Site):
     """A linear of any storage: ``nn.Linear``, transformers' Conv1D, a quantized one. Takes a ``LinearPiece``."""
 
 
+class ExpertsSite(Site):
+    """A module of a mixture's experts, which holds them as stacks of matrices. Takes an ``ExpertsPiece``."""
+
+
 class OutputSite(Site):
     """Any other module of one input and one output: a norm, an embedding. Takes a ``Piece``."""
 
@@ -36,7 +40,16 @@ class OutputSite(Site):
 def site_of(model: nn.Module, path: str) -> Site:
     """The site of a piece on the module ``path``."""
     module = model.get_submodule(path)
-    return LinearSite(path) if is_linear(module) or isinstance(module, QuantizedWeight) else OutputSite(path)
+    if is_linear(module) or isinstance(module, QuantizedWeight):
+        return LinearSite(path)
+    return ExpertsSite(path) if holds_experts(module) else OutputSite(path)
+
+
+def holds_experts(module: nn.Module) -> bool:
+    """True for a module with two stacks ``[E, ., .]`` of matrices of its own, and at most biases beside them."""
+    own = [p for p in module._parameters.values() if p is not None]
+    others = [p for p in own if p.dim() != 3]
+    return len(own) - len(others) == 2 and len(others) in (0, 2) and all(p.dim() == 2 for p in others)
 
 
 def block_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:

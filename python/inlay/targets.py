@@ -14,6 +14,7 @@ from torch import nn
 
 from .bases.linear import computes_linear, is_linear
 from .roles import ROLES, roles
+from .sites import holds_experts
 
 #: Roles whose input channels are the structures S²FT selects; every other linear is tuned by output channels.
 INPUT_SIDE_ROLES = ROLES
@@ -52,6 +53,39 @@ def input_embedding(model: nn.Module) -> str | None:
     except (AttributeError, NotImplementedError):  # no text model
         return None
     return next((name for name, module in embeddings(model).items() if module is table), None)
+
+
+def stacks_of(module: nn.Module, path: str, entries: Sequence[str]) -> list[str]:
+    """The stacks of matrices of the experts ``module``, named ``path``, that ``entries`` (target_parameters) mean."""
+    return [name for name in _stacks(module) if any(suffix_match(f"{path}.{name}", entry) for entry in entries)]
+
+
+def resolve_stacks(
+    model: nn.Module, entries: Sequence[str], layers: int | Sequence[int] | None = None
+) -> dict[str, list[str]]:
+    """The modules of experts of which ``entries`` mean a stack, and which.
+
+    Raises:
+        ValueError: an entry means none. One for the weight of a linear belongs into ``target_modules``.
+    """
+    experts = {name: module for name, module in model.named_modules() if holds_experts(module)}
+    for entry in entries:
+        if not any(stacks_of(module, path, [entry]) for path, module in experts.items()):
+            known = sorted({f"{path.rpartition('.')[2]}.{n}" for path, m in experts.items() for n in _stacks(m)})
+            raise ValueError(
+                f"target_parameters: {entry!r} matched no stack of experts' matrices; there are "
+                f"{known or 'none in this model'}; linears are named in target_modules"
+            )
+    found = {path: names for path, module in experts.items() if (names := stacks_of(module, path, entries))}
+    kept = {path: names for path, names in found.items() if _in_layers(path, layers)}
+    if found and not kept:
+        there = sorted(index for path in found if (index := layer_index(path)) is not None)
+        raise ValueError(f"layers_to_transform={layers}: no experts there; there are some in {there or 'no layer'}")
+    return kept
+
+
+def _stacks(module: nn.Module) -> list[str]:
+    return [name for name, p in module._parameters.items() if p is not None and p.dim() == 3]
 
 
 def resolve(

@@ -78,7 +78,7 @@ def tune(
     pieces = {site.path: build(site.module(model)) for site, build in plan.pieces.items()}
     check_base_fits(model, method, pieces, config)
     sample, marks = sample_weights(model, list(pieces)), fingerprint(model, list(pieces), plan.whole)
-    warn_about_experts(model)
+    warn_about_experts(model, [] if config is not None else [*pieces, *plan.whole])
     if config is not None:
         method.quantize(model, config.leaving(plan.whole), pieces)
     install(

@@ -123,7 +123,7 @@ def test_our_model_of_the_rules_is_theirs(kind):
         "dense",
     ]
     names = [f"model.layers.0.mlp.shared.{leaf}" for leaf in leaves]
-    ours = peft_rules.peft_targets(Model(), names)
+    ours = peft_rules.peft_targets(Model(), dict.fromkeys(names))
     config = peft.LoraConfig(target_modules=names)
     _convert_peft_config_moe(config, Model())
     assert sorted(config.target_modules) == ours["target_modules"]

@@ -17,7 +17,7 @@ import inlay
 from inlay.nn.blocks import install_blocks, mlp_settings, norm_settings
 from inlay.nn.mixed import Mixed
 
-BLOCKS = {"FusedAttention", "FusedDeltaRule", "FusedGatedMLP", "FusedGatedRMSNorm", "FusedRMSNorm"}
+BLOCKS = {"FusedAttention", "FusedDeltaRule", "FusedExperts", "FusedGatedMLP", "FusedGatedRMSNorm", "FusedRMSNorm"}
 
 
 def fused_blocks(model) -> dict[str, int]:

@@ -14,8 +14,9 @@ from transformers.models.olmo.modeling_olmo import OlmoAttention
 
 import inlay
 from inlay.nn.attention import attention_settings
-from inlay.nn.blocks import _signature, install_blocks, mlp_settings, norm_settings
+from inlay.nn.blocks import install_blocks, mlp_settings, norm_settings
 from inlay.nn.mixed import Mixed
+from inlay.nn.probe import signature_of
 
 LIMITS = (0.1, 1.0, 7.0, 10.0, 200.0, 5000.0)
 
@@ -151,19 +152,19 @@ def test_layers_that_differ_have_proofs_of_their_own():
     one, other = attention(), attention()
     other.layer_idx = 1
     other.config = one.config
-    assert _signature(one) == _signature(other)
+    assert signature_of(one) == signature_of(other)
     one.config.layer_types = ["sliding_attention", "full_attention"]
-    assert _signature(one) != _signature(other)
+    assert signature_of(one) != signature_of(other)
     one.config.layer_types = ["full_attention"] * 2
-    assert _signature(one) == _signature(other)
+    assert signature_of(one) == signature_of(other)
     for name, values in {"window": (4, None), "ropes": ([1], [0]), "scale": (1.0, 2.0)}.items():
         setattr(one, name, values[0])
         setattr(other, name, values[1])
-        assert _signature(one) != _signature(other), name
+        assert signature_of(one) != signature_of(other), name
         setattr(other, name, values[0])
     one.register_buffer("steps", torch.ones(2))
     other.register_buffer("steps", torch.zeros(2))
-    assert _signature(one) != _signature(other)
+    assert signature_of(one) != signature_of(other)
 
 
 # --- models ------------------------------------------------------------------------------------------------

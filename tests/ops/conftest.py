@@ -21,7 +21,14 @@ if _native.available():
     PATHS += [*_native.module().available_isas(), "wide"]
 LINEARS = {"test_lora_linear", "test_quantized_stack", "test_stacked_linear", "test_submatrix_linear", "test_swiglu"}
 #: Attention and products have kernels of their own for it; the others' are those of avx512.
-PAIRS = {"test_attention", "test_attention_scores", "test_matmul_sum", "test_cross_entropy", *LINEARS}
+PAIRS = {
+    "test_attention",
+    "test_attention_scores",
+    "test_cross_entropy",
+    "test_expert_linear",
+    "test_matmul_sum",
+    *LINEARS,
+}
 
 
 def pytest_collection_modifyitems(items):

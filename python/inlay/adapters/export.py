@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from ..bases.linear import is_conv1d, is_linear
 from ..bases.quantized import QuantizedWeight
 from ..nn.tuned_linear import TunedLinear
 from ..pieces.embedding import EmbeddingLowRank
+from ..pieces.experts import ExpertsLowRank
 from ..pieces.linear import LinearPiece
 from ..state import pieces_of, require_state, tuned_linears
 from ..ties import sharers
@@ -58,17 +60,21 @@ def export(model: nn.Module, directory: str | Path, *, format: str = "peft-lora"
     pieces = pieces_of(model, name)
     linears = {path: module for path, module in tuned_linears(model).items() if path in pieces}
     tables = {path: piece for path, piece in pieces.items() if isinstance(piece, EmbeddingLowRank)}
+    stacks = {path: piece for path, piece in pieces.items() if isinstance(piece, ExpertsLowRank)}
     for path, piece in pieces.items():
-        if path not in linears and path not in tables:
+        if path not in linears and path not in tables and path not in stacks:
             raise ValueError(f"{path}: a {type(piece).__name__} on a {_kind(model, path)} is no LoRA; merge it instead")
-    if not linears and not tables:
+    if not linears and not tables and not stacks:
         raise ValueError(f"adapter {name!r} has no delta on a linear, which is all that a LoRA can hold; merge instead")
     if format == "peft-lora":
         check_accepted(model, list(linears))
     elif tables:
         raise ValueError(f"vllm-lora: vLLM leaves the embedding {next(iter(tables))} as it is; merge instead")
+    elif stacks:
+        raise ValueError(f"vllm-lora: vLLM wants experts' factors one by one, not {next(iter(stacks))}; merge instead")
     factors = {path: exact_factors(path, module, module.deltas[name]) for path, module in linears.items()}
-    rank = max([*(a.shape[0] for a, _ in factors.values()), *(piece.rank for piece in tables.values())])
+    others: list[Any] = [*tables.values(), *stacks.values()]
+    rank = max([*(a.shape[0] for a, _ in factors.values()), *(piece.rank for piece in others)])
     if format == "vllm-lora":
         rank = vllm_rank(model, linears, rank)
     tensors = {}
@@ -84,6 +90,8 @@ def export(model: nn.Module, directory: str | Path, *, format: str = "peft-lora"
             if is_linear(model.get_submodule(head)):
                 tensors[f"{KEY_PREFIX}{head}.lora_A.weight"] = _pad(b, 1, rank).t().clone()
                 tensors[f"{KEY_PREFIX}{head}.lora_B.weight"] = _pad(a, 0, rank).t().clone()
+    for path, piece in stacks.items():
+        tensors |= {f"{KEY_PREFIX}{path}.{key}": tensor for key, tensor in piece.exported(rank).items()}
     check_worth_saving(model, name, tensors)
     tensors |= whole_in_file(model, name, format)
     transposed = any(
@@ -92,7 +100,7 @@ def export(model: nn.Module, directory: str | Path, *, format: str = "peft-lora"
     targets = [*linears, *tables]
     config = lora_config(model, rank, targets, transposed, peft_modules(model, state.methods[name]))
     if format == "peft-lora":
-        config |= peft_targets(model, targets) | tied_option(model, name)
+        config |= peft_targets(model, pieces) | tied_option(model, name)
         check_in_peft(model, config, tensors)
     write_files(Path(directory), {WEIGHTS_NAME: tensors, CONFIG_NAME: config})
     if format == "vllm-lora":

@@ -28,12 +28,18 @@ _MAMBAS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 _REFUSED_IN_MAMBAS = ("out_proj", "conv1d")
 
 
-def peft_targets(model: Any, targets: Sequence[str]) -> dict[str, list[str]]:
-    """``target_modules`` and, if some need it, ``target_parameters`` of a LoRA config that PEFT takes as they are."""
+def peft_targets(model: Any, pieces: Mapping[str, Any]) -> dict[str, list[str]]:
+    """``target_modules`` and, if some need it, ``target_parameters`` of a LoRA config that PEFT takes as they are.
+
+    ``pieces``: by module; those on experts say which stacks they are on.
+    """
     taken = _TAKEN.get(_pattern(model), ())
+    stacks = [f"{path}.{name}" for path, piece in pieces.items() for name in getattr(piece, "names", ())]
+    targets = [path for path, piece in pieces.items() if not hasattr(piece, "names")]
     loose = [name for name in targets if name.rpartition(".")[2] in taken]
     kept = {"target_modules": sorted(set(targets) - set(loose))}
-    return kept | ({"target_parameters": [f"{name}.weight" for name in sorted(loose)]} if loose else {})
+    parameters = [*(f"{name}.weight" for name in sorted(loose)), *stacks]
+    return kept | ({"target_parameters": parameters} if parameters else {})
 
 
 def _pattern(model: Any) -> str:

@@ -76,7 +76,7 @@ def save_adapter(
         **method.peft_fields(pieces),
         "peft_type": method.peft_type,
         "modules_to_save": peft_modules(model, method),
-        **(peft_targets(model, list(pieces)) | tied_option(model, name) if method.peft_type == "LORA" else {}),
+        **(peft_targets(model, pieces) | tied_option(model, name) if method.peft_type == "LORA" else {}),
         "inlay": {
             "base": None if state.base is None else state.base.to_dict(),
             "base_sample": state.base_sample,

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from ..ops.attention import shares  # with it come torch.ops.inlay
+from ..ops.expert_linear import expert_matmul_  # noqa: F401 (its registration)
 from ..ops.gated_delta_rule import CHUNK, workspace_bytes
 
 _aten, _inlay = torch.ops.aten, torch.ops.inlay
@@ -87,6 +88,17 @@ def _addmm(y: Tensor, a: Tensor, b: Tensor, **_: Any) -> int:
     return 2 * prod(a.shape) * b.shape[-1]
 
 
+def _expert_matmul(out: Tensor, lefts: list[Tensor], rights: list[Tensor], *rest: Any, **_: Any) -> int:
+    return 2 * prod(out.shape) * sum(right.shape[1] for right in rights)
+
+
+def _expert_grad(
+    out: Tensor, left: Tensor, right: Tensor, left_rows: Tensor | None, right_rows: Tensor | None, *rest: Any, **_: Any
+) -> int:
+    rows = left if left_rows is None else left_rows
+    return 2 * rows.shape[0] * prod(out.shape[1:])
+
+
 #: FLOPs by op; each takes the op's arguments and ``out_val=``.
 FORMULAS: dict[Any, Callable[..., float]] = {
     **flop_registry,
@@ -100,6 +112,8 @@ FORMULAS: dict[Any, Callable[..., float]] = {
     _inlay.gated_delta_rule_forward: _rule_forward,
     _inlay.gated_delta_rule_backward: _rule_backward,
     _inlay.submatrix_grad: _submatrix_grad,
+    _inlay.expert_grad_: _expert_grad,
+    _inlay.expert_matmul_: _expert_matmul,
     _inlay.lora_backward: _lora_backward,
     _inlay.quantized_linear_small: _quantized_small,
 }
@@ -133,7 +147,9 @@ def part_of(packet: Any, roles: set[str | None], stage: str, in_loss: bool) -> s
         return "recomputed"
     if packet in ATTENTION or (not roles & {"delta", "base"} and packet in (_aten.bmm, _aten.baddbmm)):
         return f"attention {stage}"
-    if "delta" in roles:
+    if "delta" in roles and not (
+        packet is _inlay.expert_matmul_ and "base" in roles
+    ):  # of both, the base is the wide one
         return "delta forward" if stage == "forward" else "delta gradients"
     if "base" in roles:
         return "linears forward" if stage == "forward" else "linears dX"

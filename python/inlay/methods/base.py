@@ -157,8 +157,9 @@ class Method:
         return {k: list(v) if isinstance(v, tuple | set) else v for k, v in values.items()}
 
     def stored_options(self) -> dict[str, Any]:
-        """:meth:`to_dict` for an adapter file; without ``modules_to_save`` if unset: older readers do not know it."""
-        return {key: value for key, value in self.to_dict().items() if key != "modules_to_save" or value is not None}
+        """:meth:`to_dict` for an adapter file; without options that are unset and that older readers do not know."""
+        newer = ("experts", "modules_to_save", "target_parameters")
+        return {key: value for key, value in self.to_dict().items() if key not in newer or value is not None}
 
     def without_data(self) -> Method:
         """A method that makes pieces of the same shapes without looking at a weight or at data: for estimates."""

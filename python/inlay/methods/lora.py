@@ -17,19 +17,22 @@ from torch import Tensor, nn
 
 from ..bases import BaseConfig, QuantizedLinear, Storage, quantize_linears
 from ..bases.linear import out_in_view
+from ..nn.experts import proven_layout
 from ..pieces import Piece
 from ..pieces.embedding import EmbeddingLowRank
+from ..pieces.experts import ExpertsLowRank
 from ..pieces.linear import LowRankDelta
 from ..select import generator_of
-from ..sites import site_of
-from ..targets import embeddings, input_embedding
+from ..sites import holds_experts, site_of
+from ..targets import embeddings, input_embedding, resolve_stacks, stacks_of
 from ..ties import each_once
 from .base import Calibration, Method, Plan, check_one_of, register
+from .experts import check_options, only_experts
 from .loftq import loftq
 from .peft_files import options_in
 
 #: Options of PEFT's config that say the same here.
-_IN_PEFT = ("r", "lora_alpha", "lora_dropout", "use_rslora")
+_IN_PEFT = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_parameters")
 #: Initializations that leave the base as it is.
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
@@ -45,7 +48,7 @@ def _means_nothing(option: str, value: Any) -> bool:
 @register
 @dataclass
 class LoRA(Method):
-    """Train ``ΔW = s·B·A`` of rank ``r`` on the targeted linears, and on embeddings that are named.
+    """Train ``ΔW = s·B·A`` of rank ``r`` on the targeted linears, and on embeddings and experts that are named.
 
     On an embedding, A is zero and B random at first, and there is no dropout, as in PEFT. A head that is tied to it
     takes part (PEFT's ``ensure_weight_tying=True``).
@@ -58,11 +61,16 @@ class LoRA(Method):
         init: "default" (A Kaiming-uniform, B zero), or "loftq", which needs a quantized base.
         loftq_iterations: T of LoftQ.
         embeddings: also the table that tokens are looked up in; the same as to name it in ``target_modules``.
-        target_modules: None means "all-linear", which holds no embedding. A list or pattern may name embeddings too.
+        target_parameters: names, or ends of names, of stacks of experts' matrices, such as "experts.gate_up_proj" and
+            "experts.down_proj": each expert gets factors of its own, as PEFT's option of this name has it. There is no
+            dropout on them.
+        experts: which experts of these; None for all.
+        target_modules: None means "all-linear", which holds no embedding. A list or pattern may name embeddings too;
+            [] leaves the linears alone, where there are target_parameters.
     """
 
     peft_type: ClassVar[str] = "LORA"
-    pieces: ClassVar = (LowRankDelta, EmbeddingLowRank)
+    pieces: ClassVar = (LowRankDelta, EmbeddingLowRank, ExpertsLowRank)
 
     r: int = 16
     lora_alpha: float = 32
@@ -71,6 +79,8 @@ class LoRA(Method):
     init: str = "default"
     loftq_iterations: int = 5
     embeddings: bool = False
+    target_parameters: Sequence[str] | None = None
+    experts: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         check_one_of("init", self.init, ("default", "loftq"))
@@ -80,6 +90,12 @@ class LoRA(Method):
             raise ValueError(f"lora_dropout: wanted a probability in [0, 1), got {self.lora_dropout}")
         if self.loftq_iterations < 1:
             raise ValueError(f"loftq_iterations: wanted 1 or more, got {self.loftq_iterations}")
+        check_options(self.target_parameters, self.experts)
+        if self.target_parameters and self.lora_dropout:
+            raise ValueError(
+                f"lora_dropout: wanted 0 with target_parameters, got {self.lora_dropout}: PEFT has no dropout on "
+                "experts, and would read the adapter as another one"
+            )
 
     @property
     def scale(self) -> float:
@@ -87,6 +103,10 @@ class LoRA(Method):
         return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
 
     def targets(self, model: nn.Module) -> list[str]:
+        stacks = list(resolve_stacks(model, self.target_parameters or (), self.layers_to_transform))
+        return stacks if only_experts(self) else [*self._modules(model), *stacks]
+
+    def _modules(self, model: nn.Module) -> list[str]:
         names = self.linears(model, "all-linear", by_name=embeddings(model))
         if not self.embeddings:
             return each_once(model, names)
@@ -125,9 +145,10 @@ class LoRA(Method):
         return cls(**options_in(config, _IN_PEFT, where, _means_nothing))
 
     def peft_fields(self, pieces: Mapping[str, Any]) -> dict[str, Any]:
-        ours = ("init", "loftq_iterations", "seed", "embeddings")
+        ours = ("init", "loftq_iterations", "seed", "embeddings", "experts", "target_parameters")
         fields = {key: value for key, value in self.to_dict().items() if key not in ours}
-        return {**fields, "target_modules": sorted(pieces), "exclude_modules": None, "layers_to_transform": None}
+        modules = sorted(name for name, piece in pieces.items() if not isinstance(piece, ExpertsLowRank))
+        return {**fields, "target_modules": modules, "exclude_modules": None, "layers_to_transform": None}
 
     @classmethod
     def combine(
@@ -140,8 +161,12 @@ class LoRA(Method):
             delta.pad(r)
         return replace(first, r=r, lora_alpha=r, use_rslora=False, init="default"), deltas
 
-    def _build(self, module: nn.Module, *, where: str) -> LowRankDelta | EmbeddingLowRank:
+    def _build(self, module: nn.Module, *, where: str) -> Piece:
         generator = generator_of(self.seed, where)
+        if holds_experts(module):
+            names = stacks_of(module, where, self.target_parameters or ())
+            layout = proven_layout(module, where)
+            return ExpertsLowRank(module, layout, names, self.r, self.scale, self.experts, generator)
         if isinstance(module, nn.Embedding):
             return EmbeddingLowRank(module, self.r, self.scale, generator, where)
         return LowRankDelta(out_in_view(module), self.r, self.scale, self.lora_dropout, generator)

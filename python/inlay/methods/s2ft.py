@@ -15,16 +15,19 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from ..bases.linear import out_in_view
+from ..nn.experts import proven_layout
 from ..pieces import Piece
 from ..pieces.embedding import EmbeddingRows
+from ..pieces.experts import ExpertsChannels
 from ..pieces.linear import Delta, ExactSubmatrixDelta, InPlaceSubmatrixDelta, SubmatrixDelta
 from ..pieces.linear.submatrix import Side
 from ..roles import ROLES, role_by_name, roles, widths
 from ..select import activation_scores, expand_groups, gradient_scores, pick_groups, random_groups, weight_scores
-from ..sites import site_of
-from ..targets import INPUT_SIDE_ROLES, embeddings, suffix_match
+from ..sites import holds_experts, site_of
+from ..targets import INPUT_SIDE_ROLES, embeddings, resolve_stacks, stacks_of, suffix_match
 from ..ties import each_once
 from .base import Calibration, Method, Plan, check_one_of, register
+from .experts import channels_of_experts, check_options, only_experts
 from .heads import head_dim_of
 
 STRATEGIES = ("random", "weight", "activation", "product", "gradient")
@@ -49,12 +52,16 @@ class S2FT(Method):
             over the calibration batches).
         select: take the "smallest" (the paper finds it slightly better) or the "largest" scores.
         update: "additive" adds a separate fp32 ΔW, on any base; "in_place" is the paper's form, for dense bases.
+        target_parameters: names, or ends of names, of the experts' second stack ("experts.down_proj"): inner channels
+            of each expert train, as many as ``ratio`` or ``channels`` says, by strategy "random" or "weight". With
+            target_modules=[] nothing else does.
+        experts: which experts of these; None for all.
         keep: on a quantized base, "additive" trains a ΔW on top of it; "exact" keeps the chosen channels in high
             precision and takes them out of the packed weight, which also removes their quantization error.
     """
 
     peft_type: ClassVar[str] = "S2FT"
-    pieces: ClassVar = (SubmatrixDelta, InPlaceSubmatrixDelta, ExactSubmatrixDelta, EmbeddingRows)
+    pieces: ClassVar = (SubmatrixDelta, InPlaceSubmatrixDelta, ExactSubmatrixDelta, EmbeddingRows, ExpertsChannels)
 
     ratio: float | dict[str, float] = 0.03
     channels: int | dict[str, int] | None = None
@@ -64,12 +71,15 @@ class S2FT(Method):
     select: str = "smallest"
     update: Literal["additive", "in_place"] = "additive"
     keep: Literal["additive", "exact"] = "additive"
+    target_parameters: Sequence[str] | None = None
+    experts: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         check_one_of("strategy", self.strategy, STRATEGIES)
         check_one_of("select", self.select, ("largest", "smallest"))
         check_one_of("update", self.update, ("additive", "in_place"))
         check_one_of("keep", self.keep, ("additive", "exact"))
+        check_options(self.target_parameters, self.experts)
         if self.keep == "exact" and self.update == "in_place":
             raise ValueError('wanted update="in_place" (dense bases) or keep="exact" (quantized bases), got both')
         for side in _values(self.side):
@@ -82,6 +92,21 @@ class S2FT(Method):
                 raise ValueError(f"channels: wanted a whole number of channels, 1 or more, got {channels!r}")
 
     def plan(self, model: nn.Module, calibration: Calibration | None) -> Plan:
+        stacks = resolve_stacks(model, self.target_parameters or (), self.layers_to_transform)
+        plan = Plan() if stacks and only_experts(self) else self._plan_modules(model, calibration)
+        for path, names in stacks.items():
+            plan.pieces[site_of(model, path)] = partial(self._build_experts, names=names, where=path)
+        return plan
+
+    def _build_experts(
+        self, module: nn.Module, *, names: Sequence[str], where: str, indices: Tensor | None = None
+    ) -> ExpertsChannels:
+        layout = proven_layout(module, where)
+        if indices is None:
+            indices = channels_of_experts(self, module, layout, f"{where}.{layout.down}", self.experts)
+        return ExpertsChannels(module, layout, names, indices, self.experts)
+
+    def _plan_modules(self, model: nn.Module, calibration: Calibration | None) -> Plan:
         names = self.linears(model, by_name=embeddings(model))
         names = each_once(model, names)
         self._check_embeddings(model, names)
@@ -120,7 +145,7 @@ class S2FT(Method):
         for name in names:
             total, role = _channels(model.get_submodule(name), sides[name]), played.get(name)
             size = self._granularity(model, name, role, total)
-            count = self._count(name, role, total, size)
+            count = self.count_of(name, role, total, size)
             if scores is None:
                 groups = random_groups(total // size, count, self.seed, name)
             else:
@@ -143,6 +168,11 @@ class S2FT(Method):
         return side if side != "auto" else ("in" if role in INPUT_SIDE_ROLES else "out")
 
     def restore(self, module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Piece:
+        if holds_experts(module):
+            if "s2ft_expert_indices" not in tensors:
+                raise ValueError(f"{where}: wanted s2ft_expert_indices, got {sorted(tensors)}; the file is incomplete")
+            names, held = stacks_of(module, where, self.target_parameters or ()), tensors["s2ft_expert_indices"]
+            return self._build_experts(module, names=names, where=where, indices=held).load(tensors, where)
         if "s2ft_indices" not in tensors:
             raise ValueError(f"{where}: wanted s2ft_indices, got {sorted(tensors)}; the file is incomplete")
         indices = tensors["s2ft_indices"]
@@ -158,7 +188,8 @@ class S2FT(Method):
         _, deltas = super().combine(methods, weights, parts)
         first: Any = methods[0]
         sides = {name: delta.side for name, delta in deltas.items() if isinstance(delta, SubmatrixDelta)}
-        return replace(first, target_modules=sorted(deltas), side=sides), deltas
+        names = sorted(name for name, delta in deltas.items() if not isinstance(delta, ExpertsChannels))
+        return replace(first, target_modules=names, side=sides), deltas
 
     def _build(self, module: nn.Module, *, indices: Tensor, side: Side, where: str) -> Any:
         if isinstance(module, nn.Embedding):
@@ -192,7 +223,7 @@ class S2FT(Method):
             raise ValueError(f"{name}: granularity must divide its {total} channels, got {size}")
         return size
 
-    def _count(self, name: str, role: str | None, total: int, size: int) -> int:
+    def count_of(self, name: str, role: str | None, total: int, size: int) -> int:
         """How many groups of ``size`` channels to take."""
         if self.channels is None:
             ratio = _for_target(self.ratio, name, role, "ratio", None)

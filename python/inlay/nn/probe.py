@@ -10,9 +10,12 @@ import copy
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .modes import modes_kept
 
 #: fp32, relative to the largest output: a few roundings in another order; semantics differ by far more.
 _TOLERANCE = 2e-5
@@ -70,3 +73,48 @@ def takes_only(module: nn.Module, names: Collection[str]) -> bool:
 def generator() -> torch.Generator:
     """Random numbers of the probe's own: tuning must not disturb the user's seed."""
     return torch.Generator().manual_seed(20260101)
+
+
+def settings_in_both_modes(module: nn.Module, settings_of: Callable[[nn.Module], dict | None]) -> dict | None:
+    """What ``settings_of`` proves of ``module`` in training and eval mode alike: dropout shows in one of them only."""
+    found = []
+    with modes_kept(module), torch.random.fork_rng(devices=[]):  # building layers to probe with draws random numbers
+        for mode in (True, False):
+            for part in module.modules():
+                part.training = mode
+            found.append(settings_of(module))
+    return found[0] if found[0] == found[1] else None
+
+
+def signature_of(module: nn.Module) -> tuple:
+    """What tells two modules of one class apart: their attributes and their children's, and what their config says of
+    their layer. ``layer_idx`` itself is no difference; what follows from it is."""
+    own = _attributes(module)
+    children = tuple((name, type(child), _attributes(child)) for name, child in module.named_children())
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    by_layer = (id(config), *_of_layer(config, layer)) if config is not None else ()
+    return own, children, by_layer, "forward" in module.__dict__
+
+
+def _attributes(module: nn.Module) -> tuple:
+    """Values of a module's attributes, with shapes of its parameters and contents of small buffers, sorted by name."""
+    found: dict[str, Any] = {}
+    for name, value in vars(module).items():
+        if name in ("layer_idx", "training", "config") or name.startswith("_"):
+            continue
+        plain = isinstance(value, bool | int | float | str | list | tuple | dict | set | torch.dtype | None)
+        found[name] = repr(value) if plain else getattr(value, "__qualname__", type(value).__qualname__)
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        found[name] = None if tensor is None else tuple(tensor.shape)
+    for name, tensor in module._buffers.items():
+        if tensor is not None and tensor.device.type == "cpu" and tensor.numel() <= 4096:
+            found[f"{name} values"] = repr(tensor.tolist())
+    return tuple(sorted(found.items(), key=lambda item: item[0]))
+
+
+def _of_layer(config: Any, layer: Any) -> list[tuple[str, str]]:
+    """What lists in ``config`` say of one layer: its type, whether it rotates, its window."""
+    if not isinstance(layer, int):
+        return []
+    lists = {name: value for name, value in vars(config).items() if isinstance(value, list | tuple)}
+    return [(name, repr(value[layer])) for name, value in sorted(lists.items()) if layer < len(value)]

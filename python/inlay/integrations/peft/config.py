@@ -56,7 +56,8 @@ class S2FTConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = _option(
         None, "Tokens of the embedding to train, as in LoraConfig."
     )
-    target_parameters: list[str] | None = _option(None, "Not supported: S²FT trains channels of linears.")
+    target_parameters: list[str] | None = _option(None, "Not under PEFT; inlay.tune trains channels of experts.")
+    experts: list[int] | None = _option(None, "Not under PEFT; inlay.tune trains channels of experts.")
     inlay: dict[str, Any] | None = _option(None, "What inlay.load reads; filled in.")
     calibration: InitVar[Iterable[Mapping[str, Any]] | None] = None
 
@@ -66,7 +67,7 @@ class S2FTConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), list | tuple):
                 setattr(self, name, set(value))
-        fixed = {"update": "additive", "keep": "additive", "bias": "none", "target_parameters": None}
+        fixed = {"update": "additive", "keep": "additive", "bias": "none", "target_parameters": None, "experts": None}
         for name, wanted in fixed.items():
             if (got := getattr(self, name)) != wanted:
                 raise ValueError(f"S2FTConfig: {name}: wanted {wanted!r}, got {got!r}; inlay.tune has the other forms")
