@@ -43,12 +43,16 @@ def test_bf16_only_where_the_gpu_has_it(monkeypatch, capability, dtype):
     assert best_dtype("cuda") == best_dtype() == dtype
 
 
-@pytest.mark.parametrize("has_bf16", [True, False])
-def test_what_is_said_of_a_dtype(monkeypatch, has_bf16):
+@pytest.mark.parametrize("has_bf16, own_products", [(True, True), (False, True), (False, False)])
+def test_what_is_said_of_a_dtype(monkeypatch, has_bf16, own_products):
+    monkeypatch.setattr(hardware, "packs", lambda x: own_products)
     monkeypatch.setattr(hardware, "_cpu_flags", lambda: {"avx512_bf16"} if has_bf16 else set())
     monkeypatch.setattr(hardware, "_seconds", lambda dtype, device: {torch.float32: 6.0, torch.bfloat16: 2.0}[dtype])
     plain, half = hardware.dtype_line(torch.float32), hardware.dtype_line(torch.bfloat16)
-    assert "products run 3.0x as fast in bfloat16" in half and ("emulated" in half) != has_bf16
+    if own_products and not has_bf16:
+        assert "products are inlay's own, as fast as in float32" in half and "load" not in half
+    else:
+        assert "products run 3.0x as fast in bfloat16" in half and ("emulated" in half) != has_bf16
     assert plain == ("float32" if not has_bf16 else plain) and ('dtype="bfloat16"' in plain) == has_bf16
     assert hardware.dtype_line(torch.float16) is None
 
