@@ -16,6 +16,9 @@ from inlay.nn.table import _Lookup
 from inlay.ops._registry import apply
 from inlay.ops.base_linear import base_linear
 from inlay.ops.base_products import DenseBase, DenseBaseT
+from inlay.ops.expert_gate import Gate
+from inlay.ops.expert_linear import RowPlan, plan_rows
+from inlay.ops.expert_mlp import Channels, LowRank, expert_down, expert_up
 from inlay.ops.lora_linear import lora_linear, swiglu_lora_linear
 from inlay.ops.stacked_linear import Part, stacked_linear
 from inlay.pieces.embedding import _AddLowRankRows, _AddRows
@@ -270,6 +273,38 @@ def _map_channels() -> Case:
     return Case(lambda: (apply(_MapChannels, y, matrix, bias, channels),), plain, [y, matrix, bias], [])
 
 
+def _plan() -> RowPlan:
+    return plan_rows(torch.tensor([[0, 1], [2, 0], [1, 2], [0, 2], [2, 1]]), 3)
+
+
+def _experts_up() -> Case:
+    plan, x, weight, bias = _plan(), leaf(5, WIDE), leaf(3, WIDE, NARROW, seed=5), leaf(3, NARROW, seed=6)
+    a, b = leaf(3, RANK, WIDE, seed=7), leaf(3, NARROW, RANK, seed=8)
+
+    def plain():
+        expert, changed = plan.expert_of_row(), weight + 2.0 * (b @ a).transpose(1, 2)
+        return ((x[plan.rows, None] @ changed[expert])[:, 0] + bias[expert],)
+
+    term = LowRank(a, b, plan.all, 2.0)
+    return Case(lambda: (expert_up(x, plan, weight, bias, (term,)),), plain, [x, weight, bias, a, b], [])
+
+
+def _experts_down() -> Case:
+    plan, gu, routing = _plan(), leaf(10, 2 * NARROW), leaf(5, 2, seed=5)
+    weight, bias, values = leaf(3, NARROW, WIDE, seed=6), leaf(3, WIDE, seed=7), leaf(3, WIDE, 2, seed=8)
+    indices = torch.tensor([[0, 3], [2, 9], [1, 4]])
+
+    def plain():
+        expert, h = plan.expert_of_row(), functional.silu(gu[:, :NARROW]) * gu[:, NARROW:]
+        rows = (h[:, None] @ weight[expert])[:, 0] + bias[expert]
+        rows = rows + (h.gather(1, indices[expert])[:, None] @ values[expert].transpose(1, 2))[:, 0]
+        return ((routing[..., None] * rows[plan.places]).sum(1),)
+
+    term = Channels(values, indices, plan.all)
+    leaves = [gu, routing, weight, bias, values]
+    return Case(lambda: (expert_down(gu, routing, plan, weight, bias, Gate("silu"), (term,)),), plain, leaves, [])
+
+
 def _add_rows() -> Case:
     y, values = leaf(2, 5, WIDE), leaf(3, WIDE, seed=5)
     indices, ids = torch.tensor([2, 3, 7]), torch.tensor([[0, 2, 7, 2, 9], [3, 3, 1, 7, 5]])
@@ -389,6 +424,8 @@ WITHOUT_A_BASE: dict[str, Callable[[], Case]] = {
     "swiglu": _swiglu,
     "swiglu, scaled": _scaled_swiglu,
     "map of channels": _map_channels,
+    "experts, up": _experts_up,
+    "experts, down": _experts_down,
     "rows of an embedding": _add_rows,
     "low-rank rows of an embedding": _add_low_rank_rows,
     "rows of a table that trains": _table,
