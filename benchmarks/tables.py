@@ -122,6 +122,27 @@ def _speed(rows: dict[str, Any], method: str, peer: str) -> str:
     return f"{speed:.0f} ({speed / other:.2f}x)"
 
 
+def avx2_table() -> str:
+    """A step held to AVX2 in fp32, and ours in bf16; ratios are to PEFT LoRA in fp32."""
+    wide, half = read("train_step_avx2_float32"), read("train_step_avx2_bfloat16")
+    if wide is None or half is None:
+        return "not measured yet\n"
+    peer = next(row for row in wide["rows"] if row["method"] == "peft-lora")
+    lines = ["| SmolLM2-135M, 4 x 256 tokens | dtype | tokens/s | peak memory above the model |", "|---|---|---|---|"]
+    for result, dtype in ((wide, "fp32"), (half, "bf16")):
+        for row in result["rows"]:
+            speed = row["tokens_per_second"] / peer["tokens_per_second"]
+            memory = row["peak_bytes_above_model"] / peer["peak_bytes_above_model"]
+            title = TITLES.get(row["method"], row["method"])
+            lines.append(
+                f"| {title} | {dtype} | {row['tokens_per_second']:.0f} ({speed:.2f}x) | "
+                f"{row['peak_bytes_above_model'] / 2**20:,.0f} MiB ({memory:.2f}x) |"
+            )
+    rate = half["products_per_second"] / wide["products_per_second"]
+    note = f"torch's own products run at {rate:.2f}x of their fp32 rate in bf16 there."
+    return "\n".join([*lines, "", f"{note} {machine_line(wide['machine'])}."]) + "\n"
+
+
 def quality_table() -> str:
     """Error rate at every learning rate; the best by validation loss is bold, and a mean over its seeds."""
     result = read("quality")
@@ -302,6 +323,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "train-step-nf4": lambda: step_table("train_step_cpu_nf4", "peft-qlora"),
     "train-step-shapes": lambda: shapes_table("train_step_avx512_bf16", "peft-lora"),
     "train-step-shapes-nf4": lambda: shapes_table("train_step_avx512_bf16_nf4", "peft-qlora"),
+    "train-step-avx2": avx2_table,
     "train-step-whole": lambda: step_table("train_step_cpu_whole", "full"),
     "quality": quality_table,
     "scale": scale_table,

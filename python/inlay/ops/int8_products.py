@@ -5,8 +5,8 @@
 
 H turns each 64 neighbours along the contraction by the Hadamard matrix over 8, its own inverse: the exact product stays
 the same, and an outlier is spread over its neighbours instead of taking their 8 bits (on SmolLM2 the loss on general
-text rises by 0.15% instead of 0.9%). Both operands are turned and rounded at each call, so nothing is stored. Gradients
-of weights, low-rank branches and chosen channels stay in bf16 and fp32.
+text stays within 0.1%, where it rose by 1%). Both operands are turned and rounded at each call, so nothing is stored.
+Gradients of weights, low-rank branches and chosen channels stay in bf16 and fp32.
 
 Source: the forward and input-gradient products of SwitchBack (Wortsman et al., 2023, arXiv:2304.13013), there with a
 scale per tensor for W, here per channel as in LLM.int8() (arXiv:2208.07339); turned as in QuaRot (arXiv:2404.00456).
