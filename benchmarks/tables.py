@@ -112,7 +112,12 @@ def shapes_table(prefix: str, peer: str) -> str:
     for method in dict.fromkeys(method for by_method in rows.values() for method in by_method):
         cells = [_speed(by_method, method, peer) for by_method in rows.values()]
         lines.append(f"| {TITLES.get(method, method)} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"{machine_line(next(iter(found.values()))['machine'])}."]) + "\n"
+    made: dict[str, list[str]] = {}
+    for shape, result in found.items():
+        made.setdefault(machine_line(result["machine"]), []).append(SHAPES[shape])
+    if len(made) == 1:
+        return "\n".join([*lines, "", f"{next(iter(made))}."]) + "\n"
+    return "\n".join([*lines, "", *(f"{', '.join(shapes)}: {machine}." for machine, shapes in made.items())]) + "\n"
 
 
 def _speed(rows: dict[str, Any], method: str, peer: str) -> str:

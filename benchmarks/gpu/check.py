@@ -13,6 +13,7 @@ run (no GPU, no time, a missing package) is "not run" with the reason; only what
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import hashlib
 import importlib.util
 import json
@@ -142,17 +143,26 @@ def compile_commands(arch: str) -> dict[Path, list[str]]:
     }
 
 
+@functools.cache
+def sources_digest() -> str:
+    """Of every file that an object can be made from, with its name."""
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in ("csrc", "cuda") for path in (ROOT / folder).rglob("*.*") if path.is_file()):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def nvcc_version() -> str:
+    return subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+
+
 def fingerprint(command: list[str]) -> str:
     """Of what an object is made from: sources, options, the compiler's and Python's version; not where they lie."""
-    digest = hashlib.sha256()
-    sources = [path for folder in ("csrc", "cuda") for path in (ROOT / folder).rglob("*.*") if path.is_file()]
-    for path in sorted(sources):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
-    said = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
-    version = said if command[0] == "nvcc" else command[0]  # host objects of any g++ link
+    version = nvcc_version() if command[0] == "nvcc" else command[0]  # host objects of any g++ link
     options = [word for word in command if not word.startswith("-I") and str(ROOT) not in word]
-    digest.update(repr((options, version, sys.version_info[:2])).encode())
-    return digest.hexdigest()
+    made_from = (sources_digest(), options, version, sys.version_info[:2])
+    return hashlib.sha256(repr(made_from).encode()).hexdigest()
 
 
 def compile_objects(commands: dict[Path, list[str]]) -> int:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from inlay import _native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rounding an exact result to the dtype: what even a perfect kernel shows.
@@ -81,3 +85,20 @@ def padded_rows(x: Tensor) -> Tensor:
 
 def sorted_choice(size: int, count: int) -> Tensor:
     return torch.randperm(size)[:count].sort().values
+
+
+def assert_threads_change_no_bit(make: Callable[[], dict[str, Tensor]]) -> None:
+    """What ``make()`` computes, by its names, has the same bits for one thread and four on every instruction set."""
+    engine, before = _native.module(), torch.get_num_threads()
+    try:
+        for isa in engine.available_isas()[1:]:
+            engine.set_isa(isa)
+            results = []
+            for threads in (1, 4):
+                torch.set_num_threads(threads)
+                results.append(make())
+            for name, one in results[0].items():
+                assert_bits(results[1][name], one, f"{name} on {isa}")
+    finally:
+        engine.set_isa("")
+        torch.set_num_threads(before)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from _compare import UNIT, assert_as_good, assert_bits, grads, wide
+from _compare import UNIT, assert_as_good, assert_bits, assert_threads_change_no_bit, grads, wide
 from test_attention import SPANS, _case, _samples, _window
 
 from inlay import _native, ops
@@ -219,22 +219,14 @@ def test_nan_in_nan_out(path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads_change_no_bit(dtype, monkeypatch):
     monkeypatch.setattr(sys.modules["inlay.ops.attention"], "shares", lambda q, k: 2)
-    engine, before = _native.module(), torch.get_num_threads()
     q, k, v, cotangent = _case(dtype, 1, 6, 2, 700, width=64)
     sinks = _sinks(6)
-    try:
-        for isa in engine.available_isas()[1:]:
-            engine.set_isa(isa)
-            results = []
-            for threads in (1, 4):
-                torch.set_num_threads(threads)
-                ours = ops.attention(q, k, v, softcap=4.0, sinks=sinks)
-                results.append((ours, *grads(ours, [q, k, v, sinks], [cotangent])))
-            for name, one, four in zip(("out", *NAMES), *results, strict=True):
-                assert_bits(four, one, f"{name} on {isa}")
-    finally:
-        engine.set_isa("")
-        torch.set_num_threads(before)
+
+    def make():
+        ours = ops.attention(q, k, v, softcap=4.0, sinks=sinks)
+        return dict(zip(("out", *NAMES), (ours, *grads(ours, [q, k, v, sinks], [cotangent])), strict=True))
+
+    assert_threads_change_no_bit(make)
 
 
 def test_frozen_sinks_keep_no_tensor_more():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from _compare import assert_as_good, assert_bits, grads, wide
+from _compare import assert_as_good, assert_bits, assert_threads_change_no_bit, grads, wide
 from transformers.models.qwen3_next import modeling_qwen3_next
 
 from inlay import _native, ops
@@ -170,21 +170,13 @@ def test_no_tokens(path):
 @pytest.mark.skipif(not _native.available(), reason="the native module is not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads_change_no_bit(dtype):
-    engine, before = _native.module(), torch.get_num_threads()
     inputs, cotangents = case(dtype, 2, 150, 3, 6, 64, 64)
-    try:
-        for isa in engine.available_isas()[1:]:
-            engine.set_isa(isa)
-            results = []
-            for threads in (1, 4):
-                torch.set_num_threads(threads)
-                ours = ops.gated_delta_rule(*inputs, norm_eps=EPS)
-                results.append((*ours, *grads(ours, inputs, cotangents)))
-            for name, one, four in zip(("out", "state", *NAMES), *results, strict=True):
-                assert_bits(four, one, f"{name} on {isa}")
-    finally:
-        engine.set_isa("")
-        torch.set_num_threads(before)
+
+    def make():
+        ours = ops.gated_delta_rule(*inputs, norm_eps=EPS)
+        return dict(zip(("out", "state", *NAMES), (*ours, *grads(ours, inputs, cotangents)), strict=True))
+
+    assert_threads_change_no_bit(make)
 
 
 def test_keeps_its_inputs_alone():

@@ -51,10 +51,10 @@ class Term(Protocol):
         """The gradient of what :meth:`into` reads, fp32 ``[R, r]``."""
 
     def into(self) -> Tensor | None:
-        """``[n, r, in]``, by which that enters the gradient of left; None where :meth:`scatter` adds it."""
+        """``[n, r, in]``, by which that enters the gradient of left as a product; None where it is scattered."""
 
     def scatter(self, dleft: Tensor, dinner: Tensor, plan: RowPlan) -> None:
-        """Add it."""
+        """Add to the gradient of left, in place, what no product does."""
 
     def grads(
         self, dy: Tensor, left: Tensor, inner: Tensor, dinner: Tensor, plan: RowPlan, gather: str
@@ -93,7 +93,7 @@ class LowRank:
         return self.a
 
     def scatter(self, dleft: Tensor, dinner: Tensor, plan: RowPlan) -> None:
-        raise NotImplementedError("a low-rank term enters by a product")
+        """Nothing: its product is all."""
 
     def grads(
         self, dy: Tensor, left: Tensor, inner: Tensor, dinner: Tensor, plan: RowPlan, gather: str
@@ -176,15 +176,11 @@ def _forward(
 
 def _backward(dy: Tensor, gather: bool, plan: RowPlan, weight: Tensor, terms: Sequence[Term], dinners: list) -> Tensor:
     """``dy·weight[e]ᵀ`` and what the terms add, ``[R, in]``."""
-    narrow = []
-    for dinner, term in zip(dinners, terms):
-        matrix = term.into()
-        if matrix is not None:
-            narrow.append((dinner, matrix, term.slots, term.fine))
+    entering = [(dinner, term.into(), term.slots, term.fine) for dinner, term in zip(dinners, terms)]
+    narrow = [each for each in entering if each[1] is not None]
     dleft = _product(dy, gather, plan, weight.transpose(1, 2), None, narrow)
     for dinner, term in zip(dinners, terms):
-        if term.into() is None:
-            term.scatter(dleft, dinner, plan)
+        term.scatter(dleft, dinner, plan)
     return dleft
 
 

@@ -33,7 +33,7 @@ from inlay.ops._registry import (
 from inlay.ops.base_linear import base_linear, trains
 from inlay.ops.base_products import backward_input_plus, forward_plus
 from inlay.ops.matmul_sum import mm
-from inlay.ops.submatrix import processors_of, submatrix_grad
+from inlay.ops.submatrix import CUBLAS_ALIGNED, processors_of, submatrix_grad
 from inlay.ops.submatrix_linear import cast_for_autocast
 from inlay.ops.swiglu import swiglu, swiglu_backward, swiglu_forward
 
@@ -107,7 +107,7 @@ def _few_rows(x: Tensor, a: Tensor, b: Tensor, scale: float, base: Any, tensors:
 ONE_PASS_RANK, _ONE_PASS_TOKENS = 16, 512
 #: Bytes of dy from which one pass pays, and the ranks: those that cuBLAS cannot load 16 bytes at a time. On an H200 one
 #: pass takes 162 us at 8,192 x 14,336 and rank 16, and two products by cuBLAS 125.
-ONE_PASS_BYTES, _ALIGNED = 32 << 20, 8
+ONE_PASS_BYTES = 32 << 20
 
 
 def _parts(tokens: int, columns: int, processors: int) -> tuple[int, int]:
@@ -131,7 +131,9 @@ def one_pass(dy: Tensor, xa: Tensor, sb: Tensor, processors: int) -> tuple[Tenso
 
 def _one_pass_native(dy: Tensor, xa: Tensor, sb: Tensor) -> tuple[Tensor, Tensor]:
     rank = xa.shape[1]
-    pays = dy.is_cuda and dy.dtype in (torch.bfloat16, torch.float16) and rank <= ONE_PASS_RANK and rank % _ALIGNED
+    pays = (
+        dy.is_cuda and dy.dtype in (torch.bfloat16, torch.float16) and rank <= ONE_PASS_RANK and rank % CUBLAS_ALIGNED
+    )
     if pays and dy.numel() * dy.element_size() >= ONE_PASS_BYTES:
         dyb, db = one_pass(dy, xa, sb, processors_of(dy.device))
         return dyb.to(dy.dtype), db

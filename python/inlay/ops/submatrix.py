@@ -179,9 +179,9 @@ def _grad_reference(dy: Tensor, x_sel: Tensor) -> Tensor:
 
 #: Columns of the narrow operand up to which cuda/submatrix_grad.cu can be used. It reads the wide one once, from as
 #: many blocks as the GPU holds. On an H200 cuBLAS takes 0.62 to 0.74 of its time at 16 and 64 columns, so it is left to
-#: operands whose rows cuBLAS cannot load 16 bytes at a time (at 430 columns it runs at a tenth of the bandwidth).
-CUDA_NARROW = 64
-_ALIGNED = 8
+#: operands whose rows, of no multiple of 8 numbers, cuBLAS cannot load 16 bytes at a time (at 430 columns it runs at a
+#: tenth of the bandwidth).
+CUDA_NARROW, CUBLAS_ALIGNED = 64, 8
 
 
 def narrow_grad(wide: Tensor, narrow: Tensor, processors: int, transposed: bool = False) -> Tensor:
@@ -202,7 +202,7 @@ def narrow_grad(wide: Tensor, narrow: Tensor, processors: int, transposed: bool 
 def _grad_on_cuda(left: Tensor, right: Tensor) -> Tensor:
     transposed = left.shape[1] < right.shape[1]
     wide, narrow = (right, left) if transposed else (left, right)
-    if narrow.shape[1] > CUDA_NARROW or narrow.shape[1] % _ALIGNED == 0:
+    if narrow.shape[1] > CUDA_NARROW or narrow.shape[1] % CUBLAS_ALIGNED == 0:
         return torch.mm(left.t(), right, out_dtype=torch.float32)
     return narrow_grad(wide, narrow, processors_of(left.device), transposed)
 
