@@ -54,7 +54,8 @@ def test_trains_to_the_same_loss(family, make, monkeypatch):
     wanted, got = losses(exact), losses(ours)
     assert wanted[-1] < wanted[0]
     assert got != wanted, "nothing was computed in 8 bits"
-    assert max(abs(a - b) / b for a, b in zip(got, wanted)) < 0.015  # of products of 32 numbers
+    # steps of linear attention drift apart in bf16 by themselves, which is what the family's slack says
+    assert max(abs(a - b) / b for a, b in zip(got, wanted)) < 0.003 * BY_NAME[family].slack
 
 
 @needs_bytes
