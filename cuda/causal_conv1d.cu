@@ -87,8 +87,8 @@ __global__ void __launch_bounds__(128)
   for (int64_t j = 0; j <= taps.count; ++j) total[j * width] = 0.0f;
   const T* const from = x.at(b, 0) + c;
   const int64_t reach = end + taps.count - 1 < tokens ? end + taps.count - 1 : tokens;
-  int64_t at =
-      0;  // of t in the ring; t + s is s places further. No division: a 64-bit one is 40 instructions
+  // Of t in the ring; t + s is s places further. No division: a 64-bit one is 40 instructions.
+  int64_t at = 0;
   for (int64_t t = reach - 1; t >= first; --t) {
     at = at == 0 ? taps.count - 1 : at - 1;
     float d = to_float(dy.at(b, t)[c]);
