@@ -47,7 +47,8 @@ def losses(model, steps=12, lr=2e-3):
 @pytest.mark.parametrize("make", [lambda: inlay.S2FT(ratio=0.2), lambda: inlay.LoRA(r=4), lambda: inlay.LNTuning()])
 @pytest.mark.parametrize("family", QUICK)
 def test_trains_to_the_same_loss(family, make, monkeypatch):
-    monkeypatch.setattr("inlay.ops.matmul_sum.MANY", 1)
+    for least in ("MANY", "MANY_BYTES"):
+        monkeypatch.setattr(f"inlay.ops.matmul_sum.{least}", 1)
     plain = tiny(family)
     exact = inlay.tune(copy.deepcopy(plain), make())
     ours = inlay.tune(plain, make(), compute="int8")
@@ -82,7 +83,8 @@ def test_conv1d_and_narrow_weights(monkeypatch):
 
 @needs_bytes
 def test_weights_that_train_are_multiplied_as_they_are(monkeypatch):
-    monkeypatch.setattr("inlay.ops.matmul_sum.MANY", 1)
+    for least in ("MANY", "MANY_BYTES"):
+        monkeypatch.setattr(f"inlay.ops.matmul_sum.{least}", 1)
     found = []
     for compute in (None, "int8"):
         model = inlay.tune(tiny(), inlay.Full(), compute=compute).train()

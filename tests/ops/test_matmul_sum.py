@@ -7,7 +7,7 @@ from _compare import assert_as_good, assert_bits, padded_rows, wide
 from inlay import _native
 from inlay.ops import force_path
 from inlay.ops.int8_products import Int8Products, Int8ProductsT, int8_matmul_sum, int8_matmul_sum_, turned
-from inlay.ops.matmul_sum import ISA, ISAS, matmul_sum, matmul_sum_, mm, mm_into, packs
+from inlay.ops.matmul_sum import ISA, ISAS, matmul_sum, matmul_sum_, mm, mm_into, packs, packs_bytes
 from inlay.ops.submatrix import submatrix_grad, submatrix_grad_into_
 
 # Edges of strips (14 rows), panels (32 columns), pairs and stretches of the contraction (2,048), and several operands.
@@ -135,6 +135,12 @@ def test_packs_wants_many_rows_of_bf16_and_the_engine():
     assert not packs(many[:3]) and not packs(many.float()) and not packs(many[:, :0])
     with force_path("reference"):
         assert not packs(many)
+
+
+def test_eight_bits_want_twice_as_many_rows():
+    here = _native.available() and _native.module().isa() == ISA
+    assert packs_bytes(torch.randn(64, 8).bfloat16()) == here
+    assert not packs_bytes(torch.randn(63, 8).bfloat16())
 
 
 # --- 8 bits ---------------------------------------------------------------------------------------------------------

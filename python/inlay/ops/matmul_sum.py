@@ -24,6 +24,8 @@ ISAS = ("avx2", "avx512", ISA)
 
 #: Rows from which packing the right operands pays, by benchmarks/ops/bench_matmul_sum.py.
 MANY = 32
+#: And from which rounding both operands to 8 bits does; likewise.
+MANY_BYTES = 64
 
 
 def packs(x: Tensor) -> bool:
@@ -37,7 +39,7 @@ def packs(x: Tensor) -> bool:
 
 def packs_bytes(x: Tensor) -> bool:
     """True where products of ``x [..., K]`` can be those of 8 bits."""
-    return packs(x) and _native.module().isa() == ISA
+    return packs(x) and x.numel() >= MANY_BYTES * x.shape[-1] and _native.module().isa() == ISA
 
 
 def unit_stride(t: Tensor) -> Tensor:
